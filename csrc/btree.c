@@ -1,0 +1,492 @@
+/* btree.c - an ordered set of pairs of integers, in a B+ tree.
+ *
+ * Inserting and removing go down the tree once: a full node on the way in is first relieved, and a
+ * node at its least is first refilled, so that nothing has to be passed back up. Every node but
+ * the root stays at least half full. */
+
+#include "btree.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define LEAF_PAIRS 63u
+#define INNER_CHILDREN 50u
+#define FIRST_CAPACITY 16u
+#define NONE UINT32_MAX
+
+/* 1 KiB: wide enough that ten million pairs are five levels, of which all but the leaves stay in
+ * the processor's cache, and small enough that shifting half a node costs less than a miss. */
+struct db_btree_node {
+    uint32_t next, previous; /* the leaves, in order; in a released node, the next of its list */
+    uint32_t count;          /* pairs of a leaf, children of an inner node */
+    uint32_t padding;
+    union {
+        struct db_pair pairs[LEAF_PAIRS];
+        struct {
+            /* bounds[i] is not above any pair under children[i], and above all those before. They
+             * lie where pairs do, so that the two kinds of node share their code. */
+            struct db_pair bounds[INNER_CHILDREN];
+            uint32_t children[INNER_CHILDREN];
+        };
+    };
+};
+
+_Static_assert(sizeof(struct db_btree_node) == 1024, "a node is 1 KiB");
+
+static struct db_btree_node *at(const struct db_btree *tree, uint32_t index)
+{
+    assert(index < tree->fresh);
+    return &tree->nodes[index];
+}
+
+static uint32_t most(uint32_t level)
+{
+    return level == 0 ? LEAF_PAIRS : INNER_CHILDREN;
+}
+
+/* Two nodes at their least fit into one, and half of what does not fit into one is more. */
+static uint32_t least(uint32_t level)
+{
+    return (most(level) - 1) / 2;
+}
+
+static bool less(struct db_pair a, struct db_pair b)
+{
+    return a.major < b.major || (a.major == b.major && a.minor < b.minor);
+}
+
+/* How many of the pairs, which are in order, are less than this one. */
+static uint32_t position_of(const struct db_btree_node *leaf, struct db_pair pair)
+{
+    uint32_t low = 0, count = leaf->count;
+
+    while (count > 0) {
+        uint32_t half = count / 2;
+        if (less(leaf->pairs[low + half], pair)) {
+            low += half + 1;
+            count -= half + 1;
+        } else {
+            count = half;
+        }
+    }
+    return low;
+}
+
+/* Which child the pair is under: the last whose bound is not above it, or the first. */
+static uint32_t child_of(const struct db_btree_node *inner, struct db_pair pair)
+{
+    uint32_t low = 1, count = inner->count - 1;
+
+    assert(inner->count > 0);
+    while (count > 0) {
+        uint32_t half = count / 2;
+        if (!less(pair, inner->bounds[low + half])) {
+            low += half + 1;
+            count -= half + 1;
+        } else {
+            count = half;
+        }
+    }
+    return low - 1;
+}
+
+/* ---- the pool of nodes ----------------------------------------------------------------------- */
+
+static int grow(struct db_btree *tree, uint32_t wanted)
+{
+    /* By an eighth: realloc() moves the pages of a large pool without copying them, so that
+     * growing often is cheap, and little memory stands idle. */
+    uint64_t capacity = (uint64_t)tree->capacity + tree->capacity / 8;
+
+    if (capacity < (uint64_t)tree->capacity + wanted)
+        capacity = (uint64_t)tree->capacity + wanted;
+    if (capacity >= NONE)
+        return -ENOMEM;
+    void *nodes = realloc(tree->nodes, capacity * sizeof(struct db_btree_node));
+    if (nodes == NULL)
+        return -ENOMEM;
+    tree->nodes = nodes;
+    tree->free_nodes += (uint32_t)capacity - tree->capacity;
+    tree->capacity = (uint32_t)capacity;
+    return 0;
+}
+
+static uint32_t acquire(struct db_btree *tree)
+{
+    uint32_t index = tree->released;
+
+    assert(tree->free_nodes > 0); /* or room was not made */
+    if (index != NONE)
+        tree->released = at(tree, index)->next;
+    else
+        index = tree->fresh++;
+    assert(index < tree->capacity);
+    tree->free_nodes--;
+    struct db_btree_node *node = at(tree, index);
+    node->count = 0;
+    node->next = node->previous = NONE;
+    return index;
+}
+
+static void release(struct db_btree *tree, uint32_t index)
+{
+    at(tree, index)->count = 0;
+    at(tree, index)->next = tree->released;
+    tree->released = index;
+    tree->free_nodes++;
+    assert(tree->free_nodes < tree->capacity);
+}
+
+int db_btree_open(struct db_btree *tree)
+{
+    *tree = (struct db_btree){.released = NONE};
+    int rc = grow(tree, FIRST_CAPACITY);
+    if (rc == 0)
+        tree->root = acquire(tree);
+    return rc;
+}
+
+void db_btree_close(struct db_btree *tree)
+{
+    free(tree->nodes);
+    tree->nodes = NULL;
+}
+
+int db_btree_make_room(struct db_btree *tree, uint32_t inserts)
+{
+    /* An insert splits at most one node of each level, and gives the tree a new root. */
+    uint32_t needed = inserts * (tree->depth + 2);
+
+    return tree->free_nodes >= needed ? 0 : grow(tree, needed - tree->free_nodes);
+}
+
+/* ---- moving pairs between nodes -------------------------------------------------------------- */
+
+static void move(struct db_btree_node *to, uint32_t to_position, const struct db_btree_node *from,
+                 uint32_t from_position, uint32_t count, uint32_t level)
+{
+    assert(to_position + count <= most(level));
+    assert(from_position + count <= most(level));
+    memmove(&to->pairs[to_position], &from->pairs[from_position], count * sizeof to->pairs[0]);
+    if (level > 0)
+        memmove(&to->children[to_position], &from->children[from_position],
+                count * sizeof to->children[0]);
+}
+
+/* Shares out the contents of children[i] and children[i + 1] evenly. */
+static void level_out(struct db_btree *tree, struct db_btree_node *parent, uint32_t i,
+                      uint32_t level)
+{
+    struct db_btree_node *left = at(tree, parent->children[i]);
+    struct db_btree_node *right = at(tree, parent->children[i + 1]);
+    uint32_t half = (left->count + right->count) / 2;
+
+    if (left->count > half) {
+        uint32_t moved = left->count - half;
+        move(right, moved, right, 0, right->count, level);
+        move(right, 0, left, half, moved, level);
+        left->count -= moved;
+        right->count += moved;
+    } else {
+        uint32_t moved = half - left->count;
+        move(left, left->count, right, 0, moved, level);
+        move(right, 0, right, moved, right->count - moved, level);
+        left->count += moved;
+        right->count -= moved;
+    }
+    parent->bounds[i + 1] = right->pairs[0];
+}
+
+/* Moves the upper half of children[i] to a new node after it. */
+static void split(struct db_btree *tree, struct db_btree_node *parent, uint32_t i, uint32_t level)
+{
+    uint32_t right_index = acquire(tree);
+    uint32_t left_index = parent->children[i];
+    struct db_btree_node *left = at(tree, left_index);
+    struct db_btree_node *right = at(tree, right_index);
+    uint32_t half = left->count / 2;
+
+    assert(parent->count < INNER_CHILDREN);
+    move(right, 0, left, half, left->count - half, level);
+    right->count = left->count - half;
+    left->count = half;
+    if (level == 0) {
+        right->previous = left_index;
+        right->next = left->next;
+        left->next = right_index;
+        if (right->next != NONE)
+            at(tree, right->next)->previous = right_index;
+    }
+    move(parent, i + 2, parent, i + 1, parent->count - i - 1, level + 1);
+    parent->bounds[i + 1] = right->pairs[0];
+    parent->children[i + 1] = right_index;
+    parent->count++;
+}
+
+/* Puts the contents of children[i + 1] behind those of children[i]. */
+static void merge(struct db_btree *tree, struct db_btree_node *parent, uint32_t i, uint32_t level)
+{
+    uint32_t right_index = parent->children[i + 1];
+    struct db_btree_node *left = at(tree, parent->children[i]);
+    struct db_btree_node *right = at(tree, right_index);
+
+    move(left, left->count, right, 0, right->count, level);
+    left->count += right->count;
+    if (level == 0) {
+        left->next = right->next;
+        if (right->next != NONE)
+            at(tree, right->next)->previous = parent->children[i];
+    }
+    release(tree, right_index);
+    move(parent, i + 1, parent, i + 2, parent->count - i - 2, level + 1);
+    parent->count--;
+}
+
+/* Makes way in children[i], which is full. A neighbour with some room is asked first: that keeps
+ * nodes fuller than splitting alone would, most of all when pairs come in order. */
+static void relieve(struct db_btree *tree, struct db_btree_node *parent, uint32_t i,
+                    uint32_t level)
+{
+    uint32_t roomy = most(level) - most(level) / 8;
+
+    if (i > 0 && at(tree, parent->children[i - 1])->count <= roomy)
+        level_out(tree, parent, i - 1, level);
+    else if (i + 1 < parent->count && at(tree, parent->children[i + 1])->count <= roomy)
+        level_out(tree, parent, i, level);
+    else
+        split(tree, parent, i, level);
+}
+
+/* Makes sure that children[i], which is at its least, can lose one more. */
+static void refill(struct db_btree *tree, struct db_btree_node *parent, uint32_t i, uint32_t level)
+{
+    uint32_t left = i > 0 ? i - 1 : i;
+
+    assert(parent->count >= 2);
+    if (at(tree, parent->children[left])->count + at(tree, parent->children[left + 1])->count <=
+        most(level))
+        merge(tree, parent, left, level);
+    else
+        level_out(tree, parent, left, level);
+}
+
+/* ---- changing the set ------------------------------------------------------------------------ */
+
+void db_btree_insert(struct db_btree *tree, struct db_pair pair)
+{
+    if (at(tree, tree->root)->count == most(tree->depth)) {
+        uint32_t root = acquire(tree);
+        struct db_btree_node *node = at(tree, root);
+        node->count = 1;
+        node->bounds[0] = (struct db_pair){0, 0};
+        node->children[0] = tree->root;
+        split(tree, node, 0, tree->depth);
+        tree->root = root;
+        tree->depth++;
+    }
+
+    struct db_btree_node *node = at(tree, tree->root);
+    for (uint32_t level = tree->depth; level > 0; level--) {
+        uint32_t i = child_of(node, pair);
+        if (at(tree, node->children[i])->count == most(level - 1)) {
+            relieve(tree, node, i, level - 1);
+            i = child_of(node, pair);
+        }
+        node = at(tree, node->children[i]);
+    }
+
+    uint32_t position = position_of(node, pair);
+    assert(position == node->count || less(pair, node->pairs[position])); /* not there yet */
+    move(node, position + 1, node, position, node->count - position, 0);
+    node->pairs[position] = pair;
+    node->count++;
+    tree->count++;
+}
+
+void db_btree_remove(struct db_btree *tree, struct db_pair pair)
+{
+    struct db_btree_node *node = at(tree, tree->root);
+
+    for (uint32_t level = tree->depth; level > 0; level--) {
+        uint32_t i = child_of(node, pair);
+        if (at(tree, node->children[i])->count <= least(level - 1)) {
+            refill(tree, node, i, level - 1);
+            i = child_of(node, pair);
+        }
+        uint32_t child = node->children[i];
+        if (node->count == 1) {
+            /* Only the root can be left with one child, which then takes its place. */
+            assert(level == tree->depth);
+            release(tree, tree->root);
+            tree->root = child;
+            tree->depth--;
+        }
+        node = at(tree, child);
+    }
+
+    uint32_t position = position_of(node, pair);
+    assert(position < node->count);
+    assert(node->pairs[position].major == pair.major);
+    assert(node->pairs[position].minor == pair.minor);
+    move(node, position, node, position + 1, node->count - position - 1, 0);
+    node->count--;
+    tree->count--;
+}
+
+void db_btree_replace(struct db_btree *tree, struct db_pair old, struct db_pair new)
+{
+    struct db_btree_node *node = at(tree, tree->root);
+    struct db_pair low = {0, 0}, high = {UINT64_MAX, UINT64_MAX};
+
+    for (uint32_t level = tree->depth; level > 0; level--) {
+        uint32_t i = child_of(node, old);
+        if (i > 0)
+            low = node->bounds[i];
+        if (i + 1 < node->count)
+            high = node->bounds[i + 1];
+        node = at(tree, node->children[i]);
+    }
+
+    uint32_t position = position_of(node, old);
+    assert(position < node->count);
+    assert(node->pairs[position].major == old.major);
+    assert(node->pairs[position].minor == old.minor);
+    bool stays = !less(new, low) && less(new, high);
+    if (position > 0)
+        stays = stays && less(node->pairs[position - 1], new);
+    if (position + 1 < node->count)
+        stays = stays && less(new, node->pairs[position + 1]);
+    if (stays) {
+        node->pairs[position] = new;
+        return;
+    }
+    db_btree_remove(tree, old);
+    db_btree_insert(tree, new);
+}
+
+/* ---- looking at the set ---------------------------------------------------------------------- */
+
+bool db_btree_seek(const struct db_btree *tree, struct db_pair pair,
+                   struct db_btree_cursor *cursor)
+{
+    uint32_t index = tree->root;
+
+    for (uint32_t level = tree->depth; level > 0; level--) {
+        const struct db_btree_node *node = at(tree, index);
+        index = node->children[child_of(node, pair)];
+    }
+    const struct db_btree_node *leaf = at(tree, index);
+    *cursor = (struct db_btree_cursor){index, position_of(leaf, pair)};
+    if (cursor->position < leaf->count)
+        return true;
+    if (leaf->next == NONE)
+        return false;
+    *cursor = (struct db_btree_cursor){leaf->next, 0};
+    return true;
+}
+
+bool db_btree_next(const struct db_btree *tree, struct db_btree_cursor *cursor)
+{
+    const struct db_btree_node *leaf = at(tree, cursor->leaf);
+
+    if (cursor->position + 1 < leaf->count) {
+        cursor->position++;
+        return true;
+    }
+    if (leaf->next == NONE)
+        return false;
+    *cursor = (struct db_btree_cursor){leaf->next, 0};
+    return true;
+}
+
+bool db_btree_previous(const struct db_btree *tree, struct db_btree_cursor *cursor)
+{
+    const struct db_btree_node *leaf = at(tree, cursor->leaf);
+
+    if (cursor->position > 0) {
+        cursor->position--;
+        return true;
+    }
+    if (leaf->previous == NONE)
+        return false;
+    *cursor = (struct db_btree_cursor){leaf->previous, at(tree, leaf->previous)->count - 1};
+    return true;
+}
+
+struct db_pair db_btree_get(const struct db_btree *tree, struct db_btree_cursor cursor)
+{
+    const struct db_btree_node *leaf = at(tree, cursor.leaf);
+
+    assert(cursor.position < leaf->count);
+    return leaf->pairs[cursor.position];
+}
+
+/* ---- checking -------------------------------------------------------------------------------- */
+
+struct walk {
+    uint64_t pairs;
+    uint32_t nodes;
+    uint32_t last_leaf;
+};
+
+static bool valid_leaf(const struct db_btree *tree, uint32_t index, struct walk *walk)
+{
+    const struct db_btree_node *leaf = at(tree, index);
+
+    if (leaf->previous != walk->last_leaf)
+        return false;
+    if (walk->last_leaf != NONE && at(tree, walk->last_leaf)->next != index)
+        return false;
+    walk->last_leaf = index;
+    walk->pairs += leaf->count;
+    return true;
+}
+
+/* Everything under a node is in [low, high). */
+static bool valid_node(const struct db_btree *tree, uint32_t index, uint32_t level,
+                       struct db_pair low, struct db_pair high, struct walk *walk)
+{
+    if (index >= tree->fresh || walk->nodes++ >= tree->fresh)
+        return false;
+    const struct db_btree_node *node = at(tree, index);
+    uint32_t fewest = index != tree->root ? least(level) : level > 0 ? 2 : 0;
+
+    if (node->count < fewest || node->count > most(level))
+        return false;
+    for (uint32_t i = 0; i < node->count; i++) {
+        if (less(node->pairs[i], low) || !less(node->pairs[i], high))
+            return false;
+        if (i > 0 && !less(node->pairs[i - 1], node->pairs[i]))
+            return false;
+    }
+    if (level == 0)
+        return valid_leaf(tree, index, walk);
+    if (less(low, node->bounds[0]))
+        return false;
+    for (uint32_t i = 0; i < node->count; i++) {
+        struct db_pair end = i + 1 < node->count ? node->bounds[i + 1] : high;
+        if (!valid_node(tree, node->children[i], level - 1, node->bounds[i], end, walk))
+            return false;
+    }
+    return true;
+}
+
+bool db_btree_valid(const struct db_btree *tree)
+{
+    struct walk walk = {.last_leaf = NONE};
+    struct db_pair low = {0, 0}, high = {UINT64_MAX, UINT64_MAX};
+
+    if (!valid_node(tree, tree->root, tree->depth, low, high, &walk))
+        return false;
+    if (at(tree, walk.last_leaf)->next != NONE || walk.pairs != tree->count)
+        return false;
+
+    uint32_t released = 0;
+    for (uint32_t i = tree->released; i != NONE; i = at(tree, i)->next)
+        if (++released > tree->fresh)
+            return false;
+    return walk.nodes + released == tree->fresh &&
+           tree->free_nodes == tree->capacity - tree->fresh + released;
+}

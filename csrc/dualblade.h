@@ -1,0 +1,228 @@
+/* dualblade.h - the whole of the C core as its callers see it.
+ *
+ * Conventions, for every function here:
+ *   - int results are 0 or -errno, outputs go through pointers; errno itself is never set.
+ *   - sizes and offsets are bytes unless the name says otherwise.
+ *   - nothing here includes Python.h or calls back into a caller.
+ *   - after db_device_open() no function on the I/O path allocates memory.
+ */
+#ifndef DUALBLADE_H
+#define DUALBLADE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* A page of the kernel's page cache, and the unit in which extents are laid out: two tensors
+ * never share a page, so one can be dropped from the page cache without touching its neighbour. */
+#define DB_BLOCK_BYTES 4096u
+
+/* ---- device: one file or block device, reached on two paths -------------------------------- */
+
+enum db_path {
+    DB_PATH_DIRECT = 0,    /* past the page cache: O_DIRECT */
+    DB_PATH_PAGECACHE = 1, /* through the page cache: buffered I/O */
+    DB_PATH_COUNT = 2,
+};
+
+enum db_direction { DB_READ = 0, DB_WRITE = 1 };
+
+enum db_engine_id {
+    DB_ENGINE_AUTO = 0, /* the first of uring, aio, threads that works here */
+    DB_ENGINE_URING = 1,
+    DB_ENGINE_AIO = 2,
+    DB_ENGINE_THREADS = 3,
+};
+
+struct db_device_options {
+    enum db_engine_id engine; /* for the direct path; the page-cache path uses threads */
+    uint32_t queue_depth;     /* requests in flight on the direct path, 1 to 4096 */
+    uint32_t threads;         /* workers of each threads engine, 1 to 64 */
+    uint32_t chunk_bytes;     /* what one checksum covers; a power of two >= DB_BLOCK_BYTES */
+    uint32_t request_bytes;   /* larger transfers are split at this; a multiple of chunk_bytes */
+    uint64_t staging_bytes;   /* aligned memory for buffers that direct I/O cannot use in place */
+    bool read_only;
+};
+
+struct db_geometry {
+    uint64_t size_bytes;
+    uint32_t lba_bytes;            /* logical block: the unit and alignment of direct I/O */
+    uint32_t physical_block_bytes; /* what the device writes without reading first */
+    uint32_t memory_align_bytes;   /* what direct I/O asks of a buffer's address */
+    uint64_t max_transfer_bytes;   /* the largest transfer that the kernel does not split */
+    bool is_block_device;
+    bool has_direct;  /* false: this filesystem has no O_DIRECT, both paths are buffered */
+    bool can_discard;
+};
+
+struct db_path_stats {
+    uint64_t reads, writes;           /* requests completed */
+    uint64_t read_bytes, write_bytes; /* moved to and from the device */
+    uint64_t staged_bytes;            /* of these, copied through staging */
+    uint64_t resumed;                 /* short transfers that were continued */
+    uint64_t errors;                  /* requests that failed */
+    uint64_t checksum_mismatches;
+    uint64_t submits;                 /* crossings into the kernel to submit */
+    uint32_t in_flight;               /* requests in use now */
+};
+
+struct db_device;
+
+/* Opens PATH and locks it against other processes (flock; O_EXCL on a block device).
+ *   -EWOULDBLOCK  another process has it locked     -EBUSY  mounted or held by the kernel
+ *   -EISDIR, -ENOTBLK  neither a file nor a block device
+ *   -EINVAL  empty, or an option out of range       -ENOSYS  the engine asked for is not built in
+ *   and whatever open(2), io_uring_setup(2) or io_setup(2) gives. */
+int db_device_open(const char *path, const struct db_device_options *options,
+                   struct db_device **out);
+/* Waits for what is in flight, then frees. After a fork, in the child: frees without waiting. */
+void db_device_close(struct db_device *device);
+
+const struct db_geometry *db_device_geometry(const struct db_device *device);
+const char *db_device_engine_name(const struct db_device *device, enum db_path path);
+void db_device_stats(struct db_device *device, enum db_path path, struct db_path_stats *out);
+/* -errno of an engine that AUTO tried and could not use, 0 if it was not tried or works. */
+int db_device_engine_refusal(const struct db_device *device, enum db_engine_id engine);
+
+/* What was written reaches the medium (fdatasync). -EIO and what fdatasync(2) gives. */
+int db_device_flush(struct db_device *device);
+/* The content of a range is no longer needed and reads as anything. -EOPNOTSUPP if it can't. */
+int db_device_discard(struct db_device *device, uint64_t offset, uint64_t length);
+/* Writes a range's dirty pages back and drops it from the page cache. */
+int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t length);
+/* How much of a range the page cache holds. -ENOSYS before Linux 6.5. */
+int db_device_cached(struct db_device *device, uint64_t offset, uint64_t length,
+                     uint64_t *cached_bytes, uint64_t *dirty_bytes);
+
+/* ---- I/O: a batch of contiguous runs, submitted and waited for as one ----------------------- */
+
+struct db_io {
+    uint64_t offset;      /* on the device; a multiple of lba_bytes on the direct path */
+    void *buffer;         /* any alignment; the caller keeps it until the batch is done */
+    uint64_t length;      /* any length: the last block is padded with zeros on a direct write */
+    uint64_t *checksums;  /* one for each chunk_bytes of the buffer, or NULL.
+                             write: filled in.  read: compared, -EBADMSG on a mismatch */
+    /* results */
+    int error;             /* 0 or the -errno of the first request that failed */
+    uint64_t error_offset; /* where on the device */
+};
+
+struct db_batch {
+    /* set by the caller */
+    struct db_device *device;
+    enum db_path path;
+    enum db_direction direction;
+    struct db_io *ios;
+    uint32_t io_count;
+    /* private to queue.c */
+    uint32_t next_io;
+    uint64_t next_byte;
+    uint32_t in_flight;
+    bool submitted;
+    bool issued;
+    struct db_batch *next;
+};
+
+/* Starts the batch and returns at once. -EINVAL: an offset, length or buffer out of range (then
+ * nothing was started); -EBADF: read-only; -ECHILD: the device was opened before a fork. */
+int db_batch_submit(struct db_batch *batch);
+/* 0: done, and each io's error says how. -ETIMEDOUT: not yet. A negative timeout waits forever. */
+int db_batch_wait(struct db_batch *batch, int64_t timeout_ns);
+
+/* ---- checksums (XXH3, 64 bits) -------------------------------------------------------------- */
+
+uint64_t db_checksum(const void *data, size_t length);
+/* One checksum for each chunk_bytes of data. */
+void db_checksum_chunks(const void *data, uint64_t length, uint32_t chunk_bytes, uint64_t *out);
+
+/* ---- tail: the end of a growing run, held back until it fills a block ------------------------ */
+
+/* Not thread-safe: callers hold a lock. A checksum here is db_checksum() of one chunk, which covers
+ * the bytes from c * chunk_bytes to (c + 1) * chunk_bytes or to the end, whichever comes first. */
+struct db_tail;
+
+/* Empty, at byte 0. -EINVAL: chunk_bytes is not a power of two >= DB_BLOCK_BYTES; -ENOMEM. */
+int db_tail_open(uint32_t chunk_bytes, struct db_tail **out);
+void db_tail_close(struct db_tail *tail);
+/* Forget everything and stand at byte `stored` (a multiple of DB_BLOCK_BYTES), where `chunk` holds
+ * the stored bytes of the chunk begun before it (stored % chunk_bytes of them; NULL if none). */
+void db_tail_reset(struct db_tail *tail, uint64_t stored, const void *chunk);
+/* Appends data. Says what is to be written now as up to two runs: *head (one block, owned by the
+ * tail and valid until the next call; head_offset) and the part of data that fills whole blocks
+ * (body_offset on the run, body_start in data, body_bytes). From here on these count as stored.
+ * digests gets the checksum of every chunk that gained stored bytes, from first_chunk on, which is
+ * the one that the first of them went to; the last one ends where the stored bytes do. They are
+ * digest_count, at most length / chunk_bytes + 2, and none if everything was held back. */
+struct db_tail_write {
+    const void *head;
+    uint64_t head_offset;
+    uint64_t body_offset, body_start, body_bytes;
+    uint64_t first_chunk;
+    uint32_t digest_count;
+};
+void db_tail_append(struct db_tail *tail, const void *data, uint64_t length,
+                    struct db_tail_write *out, uint64_t *digests);
+/* Bytes that are on the device, and bytes held back after them. */
+uint64_t db_tail_stored(const struct db_tail *tail);
+uint32_t db_tail_held(const struct db_tail *tail);
+/* The block that holds the bytes held back, padded with zeros; valid until the next call. */
+const void *db_tail_block(const struct db_tail *tail);
+/* The checksum of the chunk that byte `stored` is in, with the bytes held back included; where
+ * there are none of either, because a chunk has just been completed, it is that of no bytes. */
+uint64_t db_tail_digest(const struct db_tail *tail);
+
+/* ---- extents: who owns which run of the device ----------------------------------------------- */
+
+/* Not thread-safe: callers hold a lock. Whatever fails leaves the map as it was. */
+struct db_extent_map;
+
+struct db_extent_stats {
+    uint64_t total_bytes;
+    uint64_t free_bytes;
+    uint64_t largest_free_bytes;
+    uint64_t free_extents; /* runs that the free space is broken into */
+};
+
+/* A map of [0, size_bytes), all free. unit_bytes, a power of two, is what lengths are rounded up
+ * to and the least alignment; size_bytes is rounded down to it. -EINVAL: unit_bytes is not a power
+ * of two, or size_bytes is less than one unit or more than INT64_MAX; -ENOMEM. */
+int db_extent_map_open(uint64_t size_bytes, uint32_t unit_bytes, struct db_extent_map **out);
+void db_extent_map_close(struct db_extent_map *map);
+/* Takes length bytes at a multiple of align_bytes (a power of two; 0 means unit_bytes) out of the
+ * smallest free run that holds them; of equal ones, the first. Where align_bytes is more than
+ * unit_bytes and the 32 smallest candidates do not hold them aligned, the smallest run of length +
+ * align_bytes - unit_bytes is taken instead, though one in between might do. -ENOSPC: no run holds
+ * them; -EINVAL: length 0 or more than INT64_MAX, or align_bytes not a power of two; -ENOMEM. */
+int db_extent_allocate(struct db_extent_map *map, uint64_t length, uint64_t align_bytes,
+                       uint64_t *offset);
+/* Takes exactly this run; offset is a multiple of unit_bytes. -EEXIST: part of it is taken already;
+ * -EINVAL: length 0, offset not a multiple, or outside the map; -ENOMEM. */
+int db_extent_reserve(struct db_extent_map *map, uint64_t offset, uint64_t length);
+/* Gives a run back, or a part of one. -ENOENT: part of it is free; -EINVAL: as above; -ENOMEM. */
+int db_extent_free(struct db_extent_map *map, uint64_t offset, uint64_t length);
+void db_extent_map_stats(const struct db_extent_map *map, struct db_extent_stats *out);
+/* The first free run that begins at or after *offset; -ENOENT when there is none. For walking all
+ * of them: begin at 0, go on at *offset + *length. */
+int db_extent_next_free(const struct db_extent_map *map, uint64_t *offset, uint64_t *length);
+/* Recomputes every invariant from the trees: 0, or -EUCLEAN. O(n log n), for tests and `check`. */
+int db_extent_map_verify(const struct db_extent_map *map);
+
+/* ---- memory, and what is alive --------------------------------------------------------------- */
+
+/* Page-aligned memory, in huge pages where the kernel has them to give. -ENOMEM. */
+int db_memory_map(size_t length, void **out);
+void db_memory_unmap(void *memory, size_t length);
+
+/* Objects alive in the process: all zero when everything is closed. */
+struct db_counters {
+    int64_t devices, requests, batches, buffers, extent_maps, tails;
+};
+void db_counters(struct db_counters *out);
+
+/* ---- is it safe to write to this device? ------------------------------------------------------ */
+
+/* What libblkid finds at the start of a device or file: a word such as "ext4", "gpt" or "LVM2_member"
+ * in name; an empty name when it finds nothing. -ENOSYS: there is no libblkid; -errno of open(2). */
+int db_find_signature(const char *path, char *name, size_t name_size);
+
+#endif

@@ -1,0 +1,77 @@
+/* engine.h - the table of functions that an I/O engine fills, and the request it moves.
+ *
+ * An engine moves bytes between one buffer and one run of one file descriptor. It knows nothing of
+ * batches, splitting, staging or checksums (queue.c), and retries nothing: whatever the kernel says
+ * of a request is handed back in request->result.
+ *
+ * Threading: queue() and commit() are called with the queue's lock held. reap() is called without
+ * it, by one thread at a time. */
+#ifndef DUALBLADE_ENGINE_H
+#define DUALBLADE_ENGINE_H
+
+#include "dualblade.h"
+
+#include <assert.h>
+#include <libaio.h>
+
+struct db_request {
+    /* what the engine is to do */
+    int fd;
+    enum db_direction direction;
+    void *buffer;
+    uint64_t offset;
+    uint32_t length;
+    int64_t result; /* bytes moved, or -errno */
+
+    /* queue.c: the piece of a batch that this request carries */
+    struct db_request *next;
+    struct db_batch *batch;
+    struct db_io *io;
+    uint8_t *user;         /* the caller's memory for this piece */
+    uint32_t user_bytes;
+    uint64_t piece_offset; /* on the device */
+    uint32_t piece_bytes;  /* user_bytes, rounded up to whole blocks on the direct path */
+    uint32_t moved_bytes;
+    uint32_t retries;
+    uint8_t *staging; /* a slot of the queue's staging memory, or NULL */
+    uint64_t *checksums;
+    bool prepared;
+    bool busy;
+
+    struct iocb iocb; /* engine_aio.c */
+};
+
+struct db_engine_config {
+    uint32_t depth;   /* requests that can be in flight at once */
+    uint32_t threads; /* engine_threads.c */
+    /* For engines with threads of their own: called there, without locks, before a request moves
+     * and after its result is known, so that checksums and copies run beside each other. */
+    void (*before)(struct db_request *request, void *context);
+    void (*after)(struct db_request *request, void *context);
+    void *context;
+};
+
+struct db_engine;
+
+struct db_engine_ops {
+    const char *name;
+    bool has_threads; /* its threads call before() and after(); else queue.c does */
+    /* -ENOSYS: not built in. Otherwise what the kernel says when it refuses. */
+    int (*open)(const struct db_engine_config *config, struct db_engine **out);
+    /* Takes a request. Never fails: the queue has no more requests than config.depth. */
+    void (*queue)(struct db_engine *engine, struct db_request *request);
+    /* Hands what was queued to the kernel. Returns how many crossings that took. What the kernel
+     * would not take now stays queued for the next commit. */
+    uint32_t (*commit)(struct db_engine *engine);
+    /* Waits until something completed or timeout_ns passed (0: do not wait; negative: for ever).
+     * Returns how many requests it put into done, or -errno; -EINTR is a reason to call again. */
+    int (*reap)(struct db_engine *engine, struct db_request **done, uint32_t max,
+                int64_t timeout_ns);
+    void (*close)(struct db_engine *engine);
+    /* In the child after a fork: closes file descriptors, touches nothing else. */
+    void (*abandon)(struct db_engine *engine);
+};
+
+extern const struct db_engine_ops db_engine_uring, db_engine_aio, db_engine_threads;
+
+#endif

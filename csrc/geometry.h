@@ -1,0 +1,14 @@
+/* geometry.h - what a file or block device asks of its I/O. */
+#ifndef DUALBLADE_GEOMETRY_H
+#define DUALBLADE_GEOMETRY_H
+
+#include "dualblade.h"
+
+/* Fills everything but has_direct. -EINVAL: empty; -EOPNOTSUPP: blocks larger than ours. */
+int db_geometry_read(int fd, bool is_block_device, struct db_geometry *out);
+
+/* What statx(2) says of direct I/O here; -EOPNOTSUPP where kernel or filesystem say nothing.
+ * Zero alignments mean that there is no direct I/O. */
+int db_direct_alignment(int fd, uint32_t *memory_bytes, uint32_t *offset_bytes);
+
+#endif

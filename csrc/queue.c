@@ -1,0 +1,519 @@
+/* queue.c - batches become requests: splitting, staging, resuming short I/O, completion.
+ *
+ * A batch lists contiguous runs. Each is carved into pieces of at most request_bytes; a piece takes
+ * a request from a fixed pool and, where direct I/O cannot use the caller's memory (its address or
+ * its length is not aligned), a slot of staging memory. A piece holds whole checksum chunks, so the
+ * checksum is taken while the piece is in the processor's cache.
+ *
+ * There is no thread here. Whoever waits drives: the first waiter becomes the leader and reaps from
+ * the engine for everybody, the others sleep until a batch is done or the leader leaves. So one
+ * thread alone pays for no hand-over, and many threads can submit and wait at once.
+ *
+ * Locking: one mutex for the pool, the lists and the counters. It is never held across a wait in
+ * the kernel, a copy or a checksum. */
+#define _GNU_SOURCE
+#include "queue.h"
+
+#include "counters.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum {
+    CARVE_MAX = 16,      /* pieces prepared before the kernel is told: checksums overlap I/O */
+    REAP_MAX = 64,
+    RETRIES_MAX = 64,    /* of a request that moved nothing: EINTR, EAGAIN, less than a block */
+};
+
+struct db_queue {
+    struct db_queue_config config;
+    struct db_engine *engine;
+    pthread_mutex_t lock;
+    pthread_cond_t changed; /* a batch is done, or there is no leader */
+    bool has_leader;
+    uint32_t in_flight;
+
+    struct db_request *requests;
+    struct db_request *free_requests;
+    struct db_request *resumes; /* short transfers to be continued */
+    struct db_batch *pending, **pending_end; /* batches with pieces still to be carved */
+
+    uint8_t *staging;
+    uint64_t staging_length;
+    uint8_t **free_slots;
+    uint32_t free_slot_count;
+
+    struct db_path_stats stats;
+};
+
+int64_t db_now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+int64_t db_deadline_ns(int64_t timeout_ns)
+{
+    int64_t now = db_now_ns();
+    return timeout_ns < INT64_MAX - now ? now + timeout_ns : INT64_MAX;
+}
+
+static uint64_t round_up(uint64_t value, uint64_t unit)
+{
+    return (value + unit - 1) / unit * unit;
+}
+
+/* ---- what is done to the bytes, outside the lock --------------------------------------------- */
+
+static void prepare(struct db_request *request, void *context)
+{
+    struct db_queue *queue = context;
+    if (request->prepared || request->direction == DB_READ)
+        return;
+    if (request->checksums)
+        db_checksum_chunks(request->user, request->user_bytes, queue->config.chunk_bytes,
+                           request->checksums);
+    if (request->staging) {
+        memcpy(request->staging, request->user, request->user_bytes);
+        memset(request->staging + request->user_bytes, 0,
+               request->piece_bytes - request->user_bytes);
+    }
+    request->prepared = true;
+}
+
+/* A chunk at a time, so that the copy and its checksum read the bytes once from memory. */
+static void finish(struct db_request *request, void *context)
+{
+    struct db_queue *queue = context;
+    if (request->direction == DB_WRITE || request->result < 0 ||
+        request->moved_bytes + (uint64_t)request->result < request->piece_bytes)
+        return;
+    uint32_t chunk_bytes = queue->config.chunk_bytes;
+    for (uint32_t at = 0, i = 0; at < request->user_bytes; at += chunk_bytes, i++) {
+        uint32_t left = request->user_bytes - at;
+        uint32_t length = left < chunk_bytes ? left : chunk_bytes;
+        if (request->staging)
+            memcpy(request->user + at, request->staging + at, length);
+        if (request->checksums &&
+            db_checksum(request->user + at, length) != request->checksums[i]) {
+            request->moved_bytes = at; /* where it is wrong, for the message */
+            request->result = -EBADMSG;
+            return;
+        }
+    }
+}
+
+/* ---- carving (lock held) ---------------------------------------------------------------------- */
+
+static bool needs_staging(const struct db_queue *queue, const void *memory, uint64_t length)
+{
+    return (uintptr_t)memory % queue->config.memory_align_bytes != 0 ||
+           length % queue->config.lba_bytes != 0;
+}
+
+/* Moves the batch's cursor to the next byte that needs a request; false when there is none. */
+static bool find_piece(struct db_batch *batch)
+{
+    while (batch->next_io < batch->io_count) {
+        const struct db_io *io = &batch->ios[batch->next_io];
+        if (batch->next_byte < io->length && !io->error)
+            return true;
+        batch->next_io++;
+        batch->next_byte = 0;
+    }
+    return false;
+}
+
+static void point_at_rest(struct db_request *request)
+{
+    uint8_t *memory = request->staging ? request->staging : request->user;
+    request->buffer = memory + request->moved_bytes;
+    request->offset = request->piece_offset + request->moved_bytes;
+    request->length = request->piece_bytes - request->moved_bytes;
+}
+
+/* The next piece of the batch as a request; NULL when a request or a staging slot is lacking. */
+static struct db_request *carve(struct db_queue *queue, struct db_batch *batch)
+{
+    struct db_io *io = &batch->ios[batch->next_io];
+    uint64_t left = io->length - batch->next_byte;
+    uint32_t length = (uint32_t)(left < queue->config.request_bytes ? left
+                                                                   : queue->config.request_bytes);
+    uint8_t *user = (uint8_t *)io->buffer + batch->next_byte;
+    bool staged = needs_staging(queue, user, length);
+    if (!queue->free_requests || (staged && queue->free_slot_count == 0))
+        return NULL;
+
+    struct db_request *request = queue->free_requests;
+    queue->free_requests = request->next;
+    assert(!request->busy);
+    uint64_t chunk = batch->next_byte / queue->config.chunk_bytes;
+    *request = (struct db_request){
+        .fd = queue->config.fd,
+        .direction = batch->direction,
+        .batch = batch,
+        .io = io,
+        .user = user,
+        .user_bytes = length,
+        .piece_offset = io->offset + batch->next_byte,
+        .piece_bytes = (uint32_t)round_up(length, queue->config.lba_bytes),
+        .staging = staged ? queue->free_slots[--queue->free_slot_count] : NULL,
+        .checksums = io->checksums ? io->checksums + chunk : NULL,
+        .busy = true,
+    };
+    point_at_rest(request);
+    assert(request->offset % queue->config.lba_bytes == 0);
+    assert(request->length % queue->config.lba_bytes == 0);
+    batch->next_byte += length;
+    batch->in_flight++;
+    queue->in_flight++;
+    atomic_fetch_add_explicit(&db_live_requests, 1, memory_order_relaxed);
+    return request;
+}
+
+static void batch_finished(struct db_queue *queue)
+{
+    atomic_fetch_sub_explicit(&db_live_batches, 1, memory_order_relaxed);
+    pthread_cond_broadcast(&queue->changed);
+}
+
+static uint32_t carve_some(struct db_queue *queue, struct db_request **out)
+{
+    uint32_t count = 0;
+    while (count < CARVE_MAX && queue->resumes) {
+        out[count] = queue->resumes;
+        queue->resumes = out[count++]->next;
+    }
+    while (count < CARVE_MAX && queue->pending) {
+        struct db_batch *batch = queue->pending;
+        if (find_piece(batch)) {
+            struct db_request *request = carve(queue, batch);
+            if (!request)
+                break;
+            out[count++] = request;
+        } else {
+            queue->pending = batch->next;
+            if (!queue->pending)
+                queue->pending_end = &queue->pending;
+            batch->issued = true;
+            if (batch->in_flight == 0)
+                batch_finished(queue);
+        }
+    }
+    return count;
+}
+
+/* Feeds the engine until the pool or the work runs out. Called and returns with the lock held. */
+static void pump(struct db_queue *queue)
+{
+    struct db_request *some[CARVE_MAX];
+    uint32_t count;
+    do {
+        count = carve_some(queue, some);
+        if (count > 0 && !queue->config.engine->has_threads) {
+            pthread_mutex_unlock(&queue->lock);
+            for (uint32_t i = 0; i < count; i++)
+                prepare(some[i], queue);
+            pthread_mutex_lock(&queue->lock);
+        }
+        for (uint32_t i = 0; i < count; i++)
+            queue->config.engine->queue(queue->engine, some[i]);
+        /* Even with nothing new: the kernel may now take what it would not take before. */
+        queue->stats.submits += queue->config.engine->commit(queue->engine);
+    } while (count > 0);
+}
+
+/* ---- completion ------------------------------------------------------------------------------- */
+
+static void release(struct db_queue *queue, struct db_request *request)
+{
+    struct db_batch *batch = request->batch;
+    assert(request->busy && batch->in_flight > 0 && queue->in_flight > 0);
+    if (request->staging)
+        queue->free_slots[queue->free_slot_count++] = request->staging;
+    request->busy = false;
+    request->user = NULL;
+    request->next = queue->free_requests;
+    queue->free_requests = request;
+    queue->in_flight--;
+    atomic_fetch_sub_explicit(&db_live_requests, 1, memory_order_relaxed);
+    if (--batch->in_flight == 0 && batch->issued)
+        batch_finished(queue);
+}
+
+static void fail(struct db_queue *queue, struct db_request *request, int error)
+{
+    if (!request->io->error) {
+        request->io->error = error;
+        request->io->error_offset = request->piece_offset + request->moved_bytes;
+    }
+    if (error == -EBADMSG)
+        queue->stats.checksum_mismatches++;
+    else
+        queue->stats.errors++;
+    release(queue, request);
+}
+
+static void resume(struct db_queue *queue, struct db_request *request)
+{
+    point_at_rest(request);
+    request->next = queue->resumes;
+    queue->resumes = request;
+}
+
+static void succeed(struct db_queue *queue, struct db_request *request)
+{
+    struct db_path_stats *stats = &queue->stats;
+    if (request->direction == DB_READ) {
+        stats->reads++;
+        stats->read_bytes += request->piece_bytes;
+    } else {
+        stats->writes++;
+        stats->write_bytes += request->piece_bytes;
+    }
+    if (request->staging)
+        stats->staged_bytes += request->user_bytes;
+    release(queue, request);
+}
+
+/* Decides what becomes of a request the engine has given back (lock held). */
+static void complete(struct db_queue *queue, struct db_request *request)
+{
+    int64_t result = request->result;
+    if (result == -EINTR || result == -EAGAIN) {
+        if (request->retries++ < RETRIES_MAX)
+            resume(queue, request);
+        else
+            fail(queue, request, (int)result);
+        return;
+    }
+    if (result < 0) {
+        fail(queue, request, (int)result);
+        return;
+    }
+    if (result == 0) { /* a truncated file or a removed drive, which reads as empty */
+        fail(queue, request, request->direction == DB_READ ? -ENODATA : -EIO);
+        return;
+    }
+    assert(result <= request->length);
+    if ((uint64_t)result == request->length) {
+        succeed(queue, request);
+        return;
+    }
+    /* Short. Direct I/O can only go on at a block, so a block moved in part is moved again. */
+    uint32_t moved = (uint32_t)result / queue->config.lba_bytes * queue->config.lba_bytes;
+    request->moved_bytes += moved;
+    queue->stats.resumed++;
+    if (moved == 0 && request->retries++ >= RETRIES_MAX)
+        fail(queue, request, -EIO);
+    else
+        resume(queue, request);
+}
+
+/* Reaps once as the leader. Called and returns with the lock held; 0 or -errno of the engine. */
+static int lead(struct db_queue *queue, int64_t timeout_ns)
+{
+    struct db_request *done[REAP_MAX];
+    assert(!queue->has_leader);
+    queue->has_leader = true;
+    pthread_mutex_unlock(&queue->lock);
+    int count = queue->config.engine->reap(queue->engine, done, REAP_MAX, timeout_ns);
+    if (!queue->config.engine->has_threads)
+        for (int i = 0; i < count; i++)
+            finish(done[i], queue);
+    pthread_mutex_lock(&queue->lock);
+    queue->has_leader = false;
+    for (int i = 0; i < count; i++)
+        complete(queue, done[i]);
+    pump(queue);
+    if (count < 0 && count != -EINTR)
+        return count;
+    return 0;
+}
+
+static bool is_done(const struct db_batch *batch)
+{
+    return batch->issued && batch->in_flight == 0;
+}
+
+void db_queue_submit(struct db_queue *queue, struct db_batch *batch)
+{
+    batch->next_io = 0;
+    batch->next_byte = 0;
+    batch->in_flight = 0;
+    batch->issued = false;
+    batch->next = NULL;
+    atomic_fetch_add_explicit(&db_live_batches, 1, memory_order_relaxed);
+    pthread_mutex_lock(&queue->lock);
+    *queue->pending_end = batch;
+    queue->pending_end = &batch->next;
+    pump(queue);
+    /* Nobody waits and the pool is empty: collect what is done, so that the batch gets going. */
+    if (queue->pending && !queue->has_leader)
+        lead(queue, 0);
+    pthread_mutex_unlock(&queue->lock);
+}
+
+static int wait_for_leader(struct db_queue *queue, int64_t deadline_ns)
+{
+    if (deadline_ns == INT64_MAX)
+        return pthread_cond_wait(&queue->changed, &queue->lock);
+    struct timespec until = {deadline_ns / 1000000000, deadline_ns % 1000000000};
+    return pthread_cond_timedwait(&queue->changed, &queue->lock, &until);
+}
+
+int db_queue_wait(struct db_queue *queue, struct db_batch *batch, int64_t timeout_ns)
+{
+    int64_t deadline_ns = timeout_ns < 0 ? INT64_MAX : db_deadline_ns(timeout_ns);
+    int64_t left_ns = timeout_ns;
+    int rc = 0;
+    pthread_mutex_lock(&queue->lock);
+    while (!is_done(batch)) {
+        if (queue->has_leader) {
+            if (wait_for_leader(queue, deadline_ns) == ETIMEDOUT && !is_done(batch))
+                rc = -ETIMEDOUT;
+        } else {
+            rc = lead(queue, left_ns);
+        }
+        if (rc || is_done(batch))
+            break;
+        if (timeout_ns >= 0) {
+            left_ns = deadline_ns - db_now_ns();
+            if (left_ns <= 0) {
+                rc = -ETIMEDOUT;
+                break;
+            }
+        }
+    }
+    pthread_cond_broadcast(&queue->changed); /* somebody else may have to lead now */
+    pthread_mutex_unlock(&queue->lock);
+    return rc;
+}
+
+/* ---- open and close ---------------------------------------------------------------------------- */
+
+static int allocate_pool(struct db_queue *queue)
+{
+    const struct db_queue_config *config = &queue->config;
+    queue->requests = calloc(config->depth, sizeof(*queue->requests));
+    if (!queue->requests)
+        return -ENOMEM;
+    for (uint32_t i = 0; i < config->depth; i++) {
+        queue->requests[i].next = queue->free_requests;
+        queue->free_requests = &queue->requests[i];
+    }
+    uint64_t slots = config->staging_bytes / config->request_bytes;
+    if (slots == 0)
+        return 0;
+    queue->free_slots = calloc(slots, sizeof(*queue->free_slots));
+    if (!queue->free_slots)
+        return -ENOMEM;
+    void *memory;
+    int rc = db_memory_map(slots * config->request_bytes, &memory);
+    if (rc)
+        return rc;
+    queue->staging = memory;
+    queue->staging_length = slots * config->request_bytes;
+    for (uint64_t i = 0; i < slots; i++)
+        queue->free_slots[queue->free_slot_count++] =
+            queue->staging + i * config->request_bytes;
+    return 0;
+}
+
+static void free_pool(struct db_queue *queue)
+{
+    if (queue->staging)
+        db_memory_unmap(queue->staging, queue->staging_length);
+    free(queue->free_slots);
+    free(queue->requests);
+    pthread_cond_destroy(&queue->changed);
+    pthread_mutex_destroy(&queue->lock);
+    free(queue);
+}
+
+int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
+{
+    assert(config->request_bytes % config->chunk_bytes == 0);
+    struct db_queue *queue = calloc(1, sizeof(*queue));
+    if (!queue)
+        return -ENOMEM;
+    queue->config = *config;
+    queue->pending_end = &queue->pending;
+    pthread_mutex_init(&queue->lock, NULL);
+    pthread_condattr_t attributes;
+    pthread_condattr_init(&attributes);
+    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+    pthread_cond_init(&queue->changed, &attributes);
+    pthread_condattr_destroy(&attributes);
+
+    int rc = allocate_pool(queue);
+    if (!rc) {
+        struct db_engine_config engine = {
+            .depth = config->depth,
+            .threads = config->threads,
+            .before = prepare,
+            .after = finish,
+            .context = queue,
+        };
+        rc = config->engine->open(&engine, &queue->engine);
+    }
+    if (rc) {
+        free_pool(queue);
+        return rc;
+    }
+    *out = queue;
+    return 0;
+}
+
+void db_queue_close(struct db_queue *queue)
+{
+    pthread_mutex_lock(&queue->lock);
+    while (queue->in_flight > 0 || queue->pending) {
+        if (queue->has_leader)
+            wait_for_leader(queue, INT64_MAX);
+        else
+            lead(queue, -1);
+    }
+    assert(!queue->has_leader);
+    pthread_mutex_unlock(&queue->lock);
+    queue->config.engine->close(queue->engine);
+    free_pool(queue);
+}
+
+int db_queue_probe(struct db_queue *queue)
+{
+    void *memory;
+    int rc = db_memory_map(DB_BLOCK_BYTES, &memory);
+    if (rc)
+        return rc;
+    struct db_io io = {.offset = 0, .buffer = memory, .length = DB_BLOCK_BYTES};
+    struct db_batch batch = {.direction = DB_READ, .ios = &io, .io_count = 1};
+    db_queue_submit(queue, &batch);
+    rc = db_queue_wait(queue, &batch, -1);
+    assert(!rc); /* every engine tries its system calls before its open() returns 0 */
+    db_memory_unmap(memory, DB_BLOCK_BYTES);
+    memset(&queue->stats, 0, sizeof(queue->stats));
+    return io.error;
+}
+
+void db_queue_abandon(struct db_queue *queue)
+{
+    queue->config.engine->abandon(queue->engine);
+}
+
+const char *db_queue_engine_name(const struct db_queue *queue)
+{
+    return queue->config.engine->name;
+}
+
+void db_queue_stats(struct db_queue *queue, struct db_path_stats *out)
+{
+    pthread_mutex_lock(&queue->lock);
+    *out = queue->stats;
+    out->in_flight = queue->in_flight;
+    pthread_mutex_unlock(&queue->lock);
+}

@@ -1,0 +1,40 @@
+/* queue.h - one path of a device: a pool of requests over one engine. */
+#ifndef DUALBLADE_QUEUE_H
+#define DUALBLADE_QUEUE_H
+
+#include "engine.h"
+
+struct db_queue_config {
+    const struct db_engine_ops *engine;
+    int fd;
+    uint32_t depth;
+    uint32_t threads;
+    uint32_t chunk_bytes;
+    uint32_t request_bytes;
+    uint32_t lba_bytes;          /* 1 where any length and offset will do */
+    uint32_t memory_align_bytes; /* 1 where any address will do */
+    uint64_t staging_bytes;      /* 0 where nothing is ever staged */
+};
+
+struct db_queue;
+
+int db_queue_open(const struct db_queue_config *config, struct db_queue **out);
+/* Waits for what is in flight, then frees. */
+void db_queue_close(struct db_queue *queue);
+/* In the child after a fork, where requests and threads are the parent's: closes file descriptors
+ * and leaves the memory be. Async-signal-safe. */
+void db_queue_abandon(struct db_queue *queue);
+/* Reads the first block for real and forgets it: 0, or what the kernel says to this engine. */
+int db_queue_probe(struct db_queue *queue);
+const char *db_queue_engine_name(const struct db_queue *queue);
+void db_queue_stats(struct db_queue *queue, struct db_path_stats *out);
+
+void db_queue_submit(struct db_queue *queue, struct db_batch *batch);
+int db_queue_wait(struct db_queue *queue, struct db_batch *batch, int64_t timeout_ns);
+
+/* Nanoseconds of CLOCK_MONOTONIC. */
+int64_t db_now_ns(void);
+/* timeout_ns from now as a time of CLOCK_MONOTONIC; never overflows. */
+int64_t db_deadline_ns(int64_t timeout_ns);
+
+#endif

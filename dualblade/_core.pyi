@@ -1,0 +1,126 @@
+"""The C core as Python sees it: bytes, offsets and checksums; no tensors and no policy."""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from typing_extensions import Buffer as BufferProtocol
+
+Path = Literal["direct", "pagecache"]
+EngineName = Literal["auto", "uring", "aio", "threads"]
+
+BLOCK_BYTES: int
+
+class DeviceInfo(NamedTuple):
+    target: str
+    size: int
+    lba_size: int
+    physical_block_size: int
+    memory_align: int
+    max_transfer: int
+    block_device: bool
+    direct: bool
+    discard: bool
+    engine: str
+    pagecache_engine: str
+    queue_depth: int
+    chunk_bytes: int
+    engines_refused: dict[str, str]
+
+class Completion:
+    """One submitted batch. It holds every buffer of the batch until the last byte has moved."""
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Returns when every byte has moved. Raises what went wrong, or TimeoutError."""
+    def done(self) -> bool: ...
+
+class Device:
+    info: DeviceInfo
+    closed: bool
+
+    @staticmethod
+    def open(
+        target: str | os.PathLike[str],
+        engine: EngineName = "auto",
+        queue_depth: int = 256,
+        *,
+        threads: int = 4,
+        chunk_bytes: int = 262144,
+        request_bytes: int = 262144,
+        staging_bytes: int = 8388608,
+        read_only: bool = False,
+    ) -> Device: ...
+    def read(
+        self,
+        requests: Iterable[tuple[int, BufferProtocol]],
+        *,
+        path: Path = "direct",
+        checksums: Sequence[np.ndarray | None] | None = None,
+    ) -> Completion: ...
+    def write(
+        self,
+        requests: Iterable[tuple[int, BufferProtocol]],
+        *,
+        path: Path = "direct",
+        checksums: Sequence[np.ndarray | None] | None = None,
+    ) -> Completion: ...
+    def flush(self) -> None: ...
+    def discard(self, offset: int, length: int) -> None: ...
+    def drop_cached(self, offset: int, length: int) -> None: ...
+    def cached_bytes(self, offset: int, length: int) -> tuple[int, int]:
+        """Bytes of the range that the page cache holds, and of these the dirty ones."""
+    def stats(self) -> dict[str, dict[str, int]]:
+        """Counters of each path: {"direct": {"reads": ...}, "pagecache": {...}}."""
+    def close(self) -> None: ...
+    def __enter__(self) -> Device: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+class Buffer:
+    """Page-aligned memory of its own; a writable buffer of bytes."""
+
+    def __init__(self, size: int) -> None: ...
+    def __len__(self) -> int: ...
+
+class ExtentMap:
+    total_bytes: int
+    free_bytes: int
+    largest_free_bytes: int
+    free_extents: int
+    fragmentation: float
+    """1 - largest free run / free bytes: 0 when all free space is one run."""
+
+    def __init__(self, size_bytes: int, unit_bytes: int = 4096) -> None: ...
+    def allocate(self, length: int, align: int = 0) -> int:
+        """Offset of a free run. Raises NoSpaceError, ValueError."""
+    def reserve(self, offset: int, length: int) -> None: ...
+    def free(self, offset: int, length: int) -> None: ...
+    def free_runs(self) -> Iterable[tuple[int, int]]: ...
+    def verify(self) -> None: ...
+
+class TailWrite(NamedTuple):
+    requests: list[tuple[int, Any]]
+    first_chunk: int
+    digests: np.ndarray
+
+class Tail:
+    """The end of a growing run: bytes held back until they fill a block, and its checksum."""
+
+    stored: int
+    held: int
+    digest: int
+
+    def __init__(self, chunk_bytes: int) -> None: ...
+    def reset(self, stored: int, chunk: BufferProtocol) -> None: ...
+    def append(self, data: BufferProtocol) -> TailWrite:
+        """Takes data in; says what is to be written now. Offsets are relative to the run."""
+    def block(self) -> memoryview:
+        """The bytes held back, padded with zeros to a block."""
+
+def aligned_empty(shape: int | tuple[int, ...], dtype: Any) -> np.ndarray:
+    """An uninitialised array in page-aligned memory: direct I/O uses it in place."""
+
+def checksum(data: BufferProtocol) -> int: ...
+def checksum_chunks(data: BufferProtocol, chunk_bytes: int) -> np.ndarray: ...
+def find_signature(path: str | os.PathLike[str]) -> str: ...
+def counters() -> dict[str, int]: ...

@@ -1,0 +1,229 @@
+/* test_queue.c - batches on both paths of a real file, with every engine that is built in. */
+#define _GNU_SOURCE
+#include "check.h"
+#include "dualblade.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+enum { FILE_BYTES = 32 << 20, CHUNK_BYTES = 64 * 1024, REQUEST_BYTES = 128 * 1024 };
+
+static char path[] = "/tmp/dualblade-test-queue-XXXXXX";
+
+static struct db_device *open_device(enum db_engine_id engine, uint32_t depth)
+{
+    struct db_device_options options = {
+        .engine = engine,
+        .queue_depth = depth,
+        .threads = 3,
+        .chunk_bytes = CHUNK_BYTES,
+        .request_bytes = REQUEST_BYTES,
+        .staging_bytes = 4 * REQUEST_BYTES,
+    };
+    struct db_device *device = NULL;
+    int rc = db_device_open(path, &options, &device);
+    return rc ? NULL : device;
+}
+
+static void run_batch(struct db_device *device, enum db_path where, enum db_direction direction,
+                      struct db_io *ios, uint32_t count)
+{
+    struct db_batch batch = {
+        .device = device, .path = where, .direction = direction, .ios = ios, .io_count = count};
+    CHECK(db_batch_submit(&batch) == 0);
+    CHECK(db_batch_wait(&batch, -1) == 0);
+    CHECK(db_batch_wait(&batch, 0) == 0);
+}
+
+static void fill(uint8_t *memory, size_t length, unsigned *seed)
+{
+    uint64_t state = (uint64_t)rand_r(seed) + 1;
+    for (size_t i = 0; i + sizeof(state) <= length; i += sizeof(state)) {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        memcpy(memory + i, &state, sizeof(state));
+    }
+}
+
+/* Random lengths and misalignments, written on one path and read on the other, three at a time. */
+static void test_round_trips(struct db_device *device, unsigned *seed)
+{
+    enum { RUN_BYTES = 1 << 20, RUNS = 3 };
+    static uint8_t written[RUNS][RUN_BYTES + 64], got[RUNS][RUN_BYTES + 64];
+    static uint64_t checksums[RUNS][RUN_BYTES / CHUNK_BYTES + 1];
+    for (int round = 0; round < 40; round++) {
+        struct db_io out[RUNS], in[RUNS];
+        for (int i = 0; i < RUNS; i++) {
+            uint64_t length = (uint64_t)rand_r(seed) % (round % 4 ? RUN_BYTES : 9000);
+            uint64_t offset = (uint64_t)i * 8 * RUN_BYTES +
+                              (uint64_t)(rand_r(seed) % 100) * DB_BLOCK_BYTES;
+            fill(written[i], sizeof(written[i]), seed);
+            memset(got[i], 0xEE, sizeof(got[i]));
+            out[i] = (struct db_io){.offset = offset,
+                                    .buffer = written[i] + rand_r(seed) % 64,
+                                    .length = length,
+                                    .checksums = checksums[i]};
+            in[i] = out[i];
+            in[i].buffer = got[i] + rand_r(seed) % 64;
+        }
+        enum db_path to = rand_r(seed) % 2, from = rand_r(seed) % 2;
+        run_batch(device, to, DB_WRITE, out, RUNS);
+        run_batch(device, from, DB_READ, in, RUNS);
+        for (int i = 0; i < RUNS; i++) {
+            CHECK(out[i].error == 0 && in[i].error == 0);
+            CHECK(memcmp(out[i].buffer, in[i].buffer, out[i].length) == 0);
+            uint8_t *end = (uint8_t *)in[i].buffer + in[i].length;
+            if (end < got[i] + sizeof(got[i]))
+                CHECK(*end == 0xEE); /* nothing past the length asked for */
+        }
+    }
+}
+
+static void test_checksum_mismatch(struct db_device *device)
+{
+    static uint8_t memory[4 * CHUNK_BYTES], got[4 * CHUNK_BYTES];
+    uint64_t checksums[4];
+    memset(memory, 7, sizeof(memory));
+    struct db_io io = {.buffer = memory, .length = sizeof(memory), .checksums = checksums};
+    run_batch(device, DB_PATH_DIRECT, DB_WRITE, &io, 1);
+    checksums[2] ^= 1;
+    io.buffer = got;
+    run_batch(device, DB_PATH_DIRECT, DB_READ, &io, 1);
+    CHECK(io.error == -EBADMSG);
+    CHECK(io.error_offset == 2 * CHUNK_BYTES);
+    struct db_path_stats stats;
+    db_device_stats(device, DB_PATH_DIRECT, &stats);
+    CHECK(stats.checksum_mismatches == 1 && stats.in_flight == 0);
+}
+
+static void test_bad_ranges(struct db_device *device)
+{
+    uint8_t memory[DB_BLOCK_BYTES];
+    struct db_io bad[] = {
+        {.offset = FILE_BYTES, .buffer = memory, .length = 1},
+        {.offset = FILE_BYTES + 1, .buffer = memory, .length = 0},
+        {.offset = 0, .buffer = memory, .length = UINT64_MAX},
+        {.offset = 0, .buffer = NULL, .length = 1},
+        {.offset = 1, .buffer = memory, .length = 1},
+    };
+    for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
+        struct db_batch batch = {
+            .device = device, .direction = DB_READ, .ios = &bad[i], .io_count = 1};
+        CHECK(db_batch_submit(&batch) == -EINVAL);
+    }
+    run_batch(device, DB_PATH_DIRECT, DB_READ, NULL, 0);
+}
+
+struct worker {
+    struct db_device *device;
+    unsigned seed;
+    uint64_t base;
+};
+
+static void *hammer(void *argument)
+{
+    struct worker *worker = argument;
+    enum { RUN_BYTES = 300 * 1000 };
+    uint8_t *out = malloc(RUN_BYTES), *in = malloc(RUN_BYTES);
+    for (int round = 0; round < 30; round++) {
+        uint64_t checksums[RUN_BYTES / CHUNK_BYTES + 1];
+        fill(out, RUN_BYTES, &worker->seed);
+        struct db_io io = {
+            .offset = worker->base, .buffer = out, .length = RUN_BYTES, .checksums = checksums};
+        run_batch(worker->device, round % 2, DB_WRITE, &io, 1);
+        io.buffer = in;
+        run_batch(worker->device, DB_PATH_DIRECT, DB_READ, &io, 1);
+        CHECK(io.error == 0);
+        CHECK(memcmp(in, out, RUN_BYTES) == 0);
+    }
+    free(in);
+    free(out);
+    return NULL;
+}
+
+/* More threads than requests: they lead, follow, and wait for the pool in turn. */
+static void test_many_threads(struct db_device *device)
+{
+    enum { COUNT = 6 };
+    pthread_t threads[COUNT];
+    struct worker workers[COUNT];
+    for (int i = 0; i < COUNT; i++) {
+        workers[i] = (struct worker){device, 100u + (unsigned)i, (uint64_t)i << 20};
+        CHECK(pthread_create(&threads[i], NULL, hammer, &workers[i]) == 0);
+    }
+    for (int i = 0; i < COUNT; i++)
+        pthread_join(threads[i], NULL);
+}
+
+static void test_second_open_is_refused(enum db_engine_id engine)
+{
+    struct db_device_options options = {.engine = engine,
+                                        .queue_depth = 4,
+                                        .threads = 1,
+                                        .chunk_bytes = CHUNK_BYTES,
+                                        .request_bytes = REQUEST_BYTES,
+                                        .staging_bytes = REQUEST_BYTES};
+    struct db_device *second;
+    CHECK(db_device_open(path, &options, &second) == -EWOULDBLOCK);
+}
+
+static void test_fork(struct db_device *device)
+{
+    pid_t child = fork();
+    if (child == 0) {
+        uint8_t memory[DB_BLOCK_BYTES];
+        struct db_io io = {.buffer = memory, .length = sizeof(memory)};
+        struct db_batch batch = {
+            .device = device, .direction = DB_READ, .ios = &io, .io_count = 1};
+        int rc = db_batch_submit(&batch);
+        db_device_close(device);
+        _exit(rc == -ECHILD ? 0 : 1);
+    }
+    int status;
+    CHECK(waitpid(child, &status, 0) == child);
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
+}
+
+static void test_engine(enum db_engine_id id, const char *name)
+{
+    unsigned seed = 1;
+    for (uint32_t depth = 1; depth <= 256; depth *= 16) {
+        struct db_device *device = open_device(id, depth);
+        if (!device) {
+            printf("test_queue: %s cannot run here\n", name);
+            return;
+        }
+        CHECK(strcmp(db_device_engine_name(device, DB_PATH_DIRECT), name) == 0);
+        test_round_trips(device, &seed);
+        test_many_threads(device);
+        test_bad_ranges(device);
+        test_checksum_mismatch(device);
+        test_second_open_is_refused(id);
+        test_fork(device);
+        test_round_trips(device, &seed);
+        db_device_close(device);
+    }
+}
+
+int main(void)
+{
+    int fd = mkstemp(path);
+    CHECK(fd >= 0);
+    CHECK(posix_fallocate(fd, 0, FILE_BYTES) == 0);
+    close(fd);
+    test_engine(DB_ENGINE_THREADS, "threads");
+    test_engine(DB_ENGINE_AIO, "aio");
+    test_engine(DB_ENGINE_URING, "uring");
+    unlink(path);
+    struct db_counters live;
+    db_counters(&live);
+    CHECK(live.devices == 0 && live.requests == 0 && live.batches == 0 && live.buffers == 0);
+    return check_report("test_queue");
+}
