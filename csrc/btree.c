@@ -10,10 +10,13 @@
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #define LEAF_PAIRS 63u
 #define INNER_CHILDREN 50u
-#define FIRST_CAPACITY 16u
+#define SLAB_NODES 2048u
+#define MOST_SLABS (UINT32_MAX / SLAB_NODES)
+#define CACHE_LINE_PAIRS 4u
 #define NONE UINT32_MAX
 
 /* 1 KiB: wide enough that ten million pairs are five levels, of which all but the leaves stay in
@@ -38,7 +41,7 @@ _Static_assert(sizeof(struct db_btree_node) == 1024, "a node is 1 KiB");
 static struct db_btree_node *at(const struct db_btree *tree, uint32_t index)
 {
     assert(index < tree->fresh);
-    return &tree->nodes[index];
+    return &tree->slabs[index / SLAB_NODES][index % SLAB_NODES];
 }
 
 static uint32_t most(uint32_t level)
@@ -54,62 +57,72 @@ static uint32_t least(uint32_t level)
 
 static bool less(struct db_pair a, struct db_pair b)
 {
-    return a.major < b.major || (a.major == b.major && a.minor < b.minor);
+    /* One wide comparison, which compilers turn into two instructions without a branch. */
+    return (((unsigned __int128)a.major << 64) | a.minor) <
+           (((unsigned __int128)b.major << 64) | b.minor);
 }
 
-/* How many of the pairs, which are in order, are less than this one. */
+static bool equal(struct db_pair a, struct db_pair b)
+{
+    return a.major == b.major && a.minor == b.minor;
+}
+
+/* How many of the pairs, which are in order, are less than this one, or not above it. Where a
+ * pair lies is what a processor cannot predict, so the steps are additions and not branches, and
+ * the whole node is fetched at once, because without branches it would not be fetched ahead. */
+static inline uint32_t search(const struct db_pair *pairs, uint32_t count, struct db_pair pair,
+                              bool or_equal)
+{
+    const struct db_pair *base = pairs;
+
+    for (uint32_t i = 0; i < count; i += CACHE_LINE_PAIRS)
+        __builtin_prefetch(&pairs[i]);
+    if (count == 0)
+        return 0;
+    while (count > 1) {
+        uint32_t half = count / 2;
+        bool passes = or_equal ? !less(pair, base[half - 1]) : less(base[half - 1], pair);
+        base += half & -(uint32_t)passes;
+        count -= half;
+    }
+    bool passes = or_equal ? !less(pair, *base) : less(*base, pair);
+    return (uint32_t)(base - pairs) + passes;
+}
+
 static uint32_t position_of(const struct db_btree_node *leaf, struct db_pair pair)
 {
-    uint32_t low = 0, count = leaf->count;
-
-    while (count > 0) {
-        uint32_t half = count / 2;
-        if (less(leaf->pairs[low + half], pair)) {
-            low += half + 1;
-            count -= half + 1;
-        } else {
-            count = half;
-        }
-    }
-    return low;
+    return search(leaf->pairs, leaf->count, pair, false);
 }
 
 /* Which child the pair is under: the last whose bound is not above it, or the first. */
 static uint32_t child_of(const struct db_btree_node *inner, struct db_pair pair)
 {
-    uint32_t low = 1, count = inner->count - 1;
-
     assert(inner->count > 0);
-    while (count > 0) {
-        uint32_t half = count / 2;
-        if (!less(pair, inner->bounds[low + half])) {
-            low += half + 1;
-            count -= half + 1;
-        } else {
-            count = half;
-        }
-    }
-    return low - 1;
+    return search(inner->bounds + 1, inner->count - 1, pair, true);
 }
 
 /* ---- the pool of nodes ----------------------------------------------------------------------- */
 
-static int grow(struct db_btree *tree, uint32_t wanted)
+/* Nodes never move. A slab is 2 MiB, which where the kernel has huge pages is one of them: in a
+ * large tree most steps would otherwise miss in the processor's table of pages too. A tree that
+ * needs but a part of its first slab should not take a huge page for it. */
+static int grow(struct db_btree *tree)
 {
-    /* By an eighth: realloc() moves the pages of a large pool without copying them, so that
-     * growing often is cheap, and little memory stands idle. */
-    uint64_t capacity = (uint64_t)tree->capacity + tree->capacity / 8;
+    const size_t slab_bytes = SLAB_NODES * sizeof(struct db_btree_node);
 
-    if (capacity < (uint64_t)tree->capacity + wanted)
-        capacity = (uint64_t)tree->capacity + wanted;
-    if (capacity >= NONE)
+    if (tree->slab_count >= MOST_SLABS)
         return -ENOMEM;
-    void *nodes = realloc(tree->nodes, capacity * sizeof(struct db_btree_node));
-    if (nodes == NULL)
+    void *slabs = realloc(tree->slabs, (tree->slab_count + 1) * sizeof tree->slabs[0]);
+    if (slabs == NULL)
         return -ENOMEM;
-    tree->nodes = nodes;
-    tree->free_nodes += (uint32_t)capacity - tree->capacity;
-    tree->capacity = (uint32_t)capacity;
+    tree->slabs = slabs;
+    void *slab = aligned_alloc(slab_bytes, slab_bytes);
+    if (slab == NULL)
+        return -ENOMEM;
+    if (tree->slab_count > 0)
+        (void)madvise(slab, slab_bytes, MADV_HUGEPAGE); /* advice: without it all works as well */
+    tree->slabs[tree->slab_count++] = slab;
+    tree->free_nodes += SLAB_NODES;
     return 0;
 }
 
@@ -122,7 +135,7 @@ static uint32_t acquire(struct db_btree *tree)
         tree->released = at(tree, index)->next;
     else
         index = tree->fresh++;
-    assert(index < tree->capacity);
+    assert(index < tree->slab_count * SLAB_NODES);
     tree->free_nodes--;
     struct db_btree_node *node = at(tree, index);
     node->count = 0;
@@ -136,13 +149,13 @@ static void release(struct db_btree *tree, uint32_t index)
     at(tree, index)->next = tree->released;
     tree->released = index;
     tree->free_nodes++;
-    assert(tree->free_nodes < tree->capacity);
+    assert(tree->free_nodes < tree->slab_count * SLAB_NODES);
 }
 
 int db_btree_open(struct db_btree *tree)
 {
     *tree = (struct db_btree){.released = NONE};
-    int rc = grow(tree, FIRST_CAPACITY);
+    int rc = grow(tree);
     if (rc == 0)
         tree->root = acquire(tree);
     return rc;
@@ -150,8 +163,10 @@ int db_btree_open(struct db_btree *tree)
 
 void db_btree_close(struct db_btree *tree)
 {
-    free(tree->nodes);
-    tree->nodes = NULL;
+    for (uint32_t i = 0; i < tree->slab_count; i++)
+        free(tree->slabs[i]);
+    free(tree->slabs);
+    *tree = (struct db_btree){0};
 }
 
 int db_btree_make_room(struct db_btree *tree, uint32_t inserts)
@@ -159,7 +174,8 @@ int db_btree_make_room(struct db_btree *tree, uint32_t inserts)
     /* An insert splits at most one node of each level, and gives the tree a new root. */
     uint32_t needed = inserts * (tree->depth + 2);
 
-    return tree->free_nodes >= needed ? 0 : grow(tree, needed - tree->free_nodes);
+    assert(needed <= SLAB_NODES);
+    return tree->free_nodes >= needed ? 0 : grow(tree);
 }
 
 /* ---- moving pairs between nodes -------------------------------------------------------------- */
@@ -328,8 +344,7 @@ void db_btree_remove(struct db_btree *tree, struct db_pair pair)
 
     uint32_t position = position_of(node, pair);
     assert(position < node->count);
-    assert(node->pairs[position].major == pair.major);
-    assert(node->pairs[position].minor == pair.minor);
+    assert(equal(node->pairs[position], pair));
     move(node, position, node, position + 1, node->count - position - 1, 0);
     node->count--;
     tree->count--;
@@ -351,8 +366,7 @@ void db_btree_replace(struct db_btree *tree, struct db_pair old, struct db_pair 
 
     uint32_t position = position_of(node, old);
     assert(position < node->count);
-    assert(node->pairs[position].major == old.major);
-    assert(node->pairs[position].minor == old.minor);
+    assert(equal(node->pairs[position], old));
     bool stays = !less(new, low) && less(new, high);
     if (position > 0)
         stays = stays && less(node->pairs[position - 1], new);
@@ -488,5 +502,5 @@ bool db_btree_valid(const struct db_btree *tree)
         if (++released > tree->fresh)
             return false;
     return walk.nodes + released == tree->fresh &&
-           tree->free_nodes == tree->capacity - tree->fresh + released;
+           tree->free_nodes == tree->slab_count * SLAB_NODES - tree->fresh + released;
 }

@@ -14,10 +14,10 @@ struct db_pair {
 struct db_btree_node;
 
 struct db_btree {
-    struct db_btree_node *nodes; /* a pool: nodes name each other by index, so that it can grow */
-    uint32_t capacity;           /* of the pool */
-    uint32_t fresh;              /* the first node that was never used */
-    uint32_t released;           /* a list of nodes that were used and are free again */
+    struct db_btree_node **slabs; /* a pool of nodes, which name each other by their index in it */
+    uint32_t slab_count;
+    uint32_t fresh;    /* the first node that was never used */
+    uint32_t released; /* a list of nodes that were used and are free again */
     uint32_t free_nodes;
     uint32_t root;
     uint32_t depth; /* levels above the leaves */

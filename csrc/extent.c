@@ -4,8 +4,8 @@
  * finds neighbours, and (length, offset) in the other, which finds the best fit. Both sets are the
  * same B+ tree (btree.c). Binary trees threaded through one node for each run would need less
  * code, but with ten million runs a descent would be some twenty-five nodes, half of them cache
- * misses, and an allocation makes three descents: several microseconds. Five levels of wide nodes
- * miss once or twice each. A run costs two pairs of 16 bytes in nodes that are mostly three
+ * misses, and an allocation makes three descents: several microseconds. Of five levels of wide
+ * nodes only the last misses. A run costs two pairs of 16 bytes, in nodes that are mostly three
  * quarters full.
  *
  * Lengths and offsets in here are in units; only the functions at the end see bytes. */

@@ -1,0 +1,820 @@
+# cython: language_level=3, embedsignature=True
+"""The C core as Python sees it: bytes, offsets and checksums; no tensors and no policy.
+
+It converts arguments, owns lifetimes and releases the GIL; everything else is in csrc/.
+
+Lifetimes, and why closing is safe. Every field here is read and written with the GIL held.
+A Device counts its *pins*: threads inside a C call on it, and batches in flight. The C device is
+freed by close() only at zero pins, or by __dealloc__, when no Completion is left to refer to it.
+A Completion owns all that its batch points to (the db_batch, its db_io array, the exported buffers)
+and gives the buffers and its pin back in one place, _finish(), which runs once, after C has said
+that the batch is done. So an interrupt or a timeout in wait() releases nothing, many threads can
+wait for one batch, and a Completion that nobody waited for waits for itself in __dealloc__.
+close() turns new work away, then finishes what is in flight itself: a Completion keeps its result
+and never touches the device again.
+
+In the child after a fork nothing is in flight, and the locks of C may be held by threads that do
+not exist: every call there raises ClosedError, and memory is freed without waiting.
+"""
+
+cimport cython
+from cpython.buffer cimport (
+    Py_buffer,
+    PyBUF_FORMAT,
+    PyBUF_SIMPLE,
+    PyBUF_WRITABLE,
+    PyBuffer_FillInfo,
+    PyBuffer_Release,
+    PyObject_GetBuffer,
+)
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
+from cpython.number cimport PyNumber_Index
+from libc.errno cimport (
+    EBADF,
+    EBADMSG,
+    ECHILD,
+    EEXIST,
+    EINTR,
+    EINVAL,
+    ENOENT,
+    ENOMEM,
+    ENOSPC,
+    ENOSYS,
+    EOPNOTSUPP,
+    ETIMEDOUT,
+)
+from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport strcmp
+from posix.unistd cimport getpid, pid_t
+
+from dualblade.csrc cimport *
+
+import math
+import operator
+import os
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+from dualblade.errors import (
+    AlignmentError,
+    ClosedError,
+    CorruptionError,
+    NoSpaceError,
+    UnsupportedError,
+    device_error,
+)
+
+
+cdef extern from "Python.h":
+    int PyErr_ResourceWarning(object source, Py_ssize_t level, const char *fmt, ...) except -1
+
+
+BLOCK_BYTES = DB_BLOCK_BYTES
+
+_ENGINES = {
+    "auto": DB_ENGINE_AUTO,
+    "uring": DB_ENGINE_URING,
+    "aio": DB_ENGINE_AIO,
+    "threads": DB_ENGINE_THREADS,
+}
+
+cdef enum:
+    # How long a wait stays in C before Python gets to run signal handlers.
+    SIGNAL_SLICE_NS = 100_000_000
+    # Releasing the GIL costs more than it gives below this many bytes of checksum or copy.
+    NOGIL_BYTES = 65536
+
+
+# ---- arguments -----------------------------------------------------------------------------------
+
+cdef int64_t _bytes(object value, str name) except -1:
+    """A number of bytes, from 0 to 2**63 - 1."""
+    try:
+        number = PyNumber_Index(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a whole number of bytes, not {type(value).__name__}"
+        ) from None
+    if number < 0:
+        raise ValueError(f"{name} must not be negative, got {number}")
+    if number > 0x7FFFFFFFFFFFFFFF:
+        raise ValueError(f"{name} of {number} bytes is more than any device has")
+    return number
+
+
+cdef int64_t _option(object value, str name, int64_t least, int64_t most) except -1:
+    number = _bytes(value, name)
+    if not least <= number <= most:
+        raise ValueError(f"{name} must be from {least} to {most}, got {number}")
+    return number
+
+
+cdef db_path _path(object path) except *:
+    if path == "direct":
+        return DB_PATH_DIRECT
+    if path == "pagecache":
+        return DB_PATH_PAGECACHE
+    raise ValueError(f'path must be "direct" or "pagecache", got {path!r}')
+
+
+cdef int _export(object memory, Py_buffer *view, int flags, str what) except -1:
+    """PyObject_GetBuffer, with errors that say whose memory it was and what it lacks."""
+    try:
+        PyObject_GetBuffer(memory, view, flags)
+    except TypeError:
+        raise TypeError(
+            f"{what} must be memory (bytes, an array, anything with the buffer protocol), "
+            f"not {type(memory).__name__}"
+        ) from None
+    except (BufferError, ValueError) as error:
+        need = "writable and contiguous" if flags & PyBUF_WRITABLE else "contiguous"
+        raise ValueError(f"{what} must be {need} memory: {error}") from None
+    return 0
+
+
+# ---- completion ----------------------------------------------------------------------------------
+
+cdef enum:
+    NEW = 0        # nothing was handed to C
+    IN_FLIGHT = 1  # C may touch the batch and its buffers; the device has a pin for it
+    FINISHED = 2   # C has let go of them
+
+
+# no_gc: a Completion refers to its Device alone, which refers to nothing that could refer back, so
+# there is no cycle to collect, and __dealloc__ can rely on the Device being there.
+@cython.final
+@cython.no_gc
+cdef class Completion:
+    """One submitted batch. It holds every buffer of the batch until the last byte has moved."""
+
+    cdef Device device
+    cdef db_batch batch
+    cdef Py_buffer *views
+    cdef Py_ssize_t view_count
+    cdef int state
+    # borrowed: the device's list of batches in flight; left before the last reference goes
+    cdef void *previous
+    cdef void *next
+    # of the first request that failed
+    cdef int error
+    cdef uint64_t error_offset
+    cdef uint64_t run_offset
+    cdef uint64_t run_length
+
+    def __init__(self):
+        raise TypeError("a Completion comes from Device.read() or Device.write()")
+
+    def wait(self, timeout=None):
+        """Returns when every byte has moved. Raises what went wrong, or TimeoutError.
+
+        timeout is in seconds; None waits for as long as it takes. After a TimeoutError or a
+        KeyboardInterrupt the batch is still in flight and can be waited for again. Waiting for
+        a finished batch gives its result again."""
+        cdef double seconds = -1
+        if timeout is not None:
+            seconds = timeout
+            if math.isnan(seconds):
+                raise ValueError("timeout must be a number of seconds, got nan")
+            seconds = max(seconds, 0.0)
+        if not self._drive(seconds):
+            raise TimeoutError(
+                f"I/O on {self.device.info.target} is still in flight after {timeout} s; "
+                "its buffers stay in use: wait again"
+            )
+        if self.error == EBADMSG:
+            corruption = CorruptionError(
+                f"checksum mismatch in the chunk at byte {self.error_offset} of "
+                f"{self.device.info.target} (read of {self.run_length} bytes at "
+                f"{self.run_offset}): what the device holds is not what was written"
+            )
+            corruption.offset = self.error_offset
+            raise corruption
+        if self.error:
+            raise device_error(
+                self.error,
+                device=self.device.info.target,
+                operation="write" if self.batch.direction == DB_WRITE else "read",
+                offset=self.error_offset,
+                length=self.run_length,
+            )
+
+    def done(self):
+        """Whether every byte has moved, or what went wrong is known. Never blocks."""
+        return bool(self._drive(0))
+
+    cdef int _drive(self, double seconds) except -1:
+        """Moves the batch along, for ever if seconds is negative; 1 when it is finished."""
+        cdef double deadline = time.monotonic() + seconds if seconds > 0 else 0
+        cdef double left = seconds
+        cdef int64_t slice_ns
+        cdef int rc
+        while self.state == IN_FLIGHT:
+            self.device._check_fork()
+            slice_ns = SIGNAL_SLICE_NS
+            if 0 <= left < 0.1:
+                slice_ns = <int64_t>(left * 1e9)
+            self.device.pins += 1
+            with nogil:
+                rc = db_batch_wait(&self.batch, slice_ns)
+            self.device._unpin()
+            if rc == 0:
+                self._finish()
+            elif rc == -ETIMEDOUT or rc == -EINTR:
+                PyErr_CheckSignals()
+                if seconds >= 0:
+                    left = deadline - time.monotonic() if seconds > 0 else 0
+                    if left <= 0:
+                        return self.state != IN_FLIGHT
+            else:
+                raise device_error(-rc, device=self.device.info.target, operation="wait for I/O")
+        return 1
+
+    cdef void _finish(self) noexcept:
+        """C is done with the batch: keeps its result, gives its buffers and its pin back."""
+        cdef uint32_t i
+        cdef db_io *io
+        if self.state != IN_FLIGHT:
+            return
+        self.state = FINISHED
+        for i in range(self.batch.io_count):
+            io = &self.batch.ios[i]
+            if io.error:
+                self.error = -io.error
+                self.error_offset = io.error_offset
+                self.run_offset = io.offset
+                self.run_length = io.length
+                break
+        self.device._unlink(self)
+        self.device._unpin()
+        self._release_views()
+
+    cdef void _release_views(self) noexcept:
+        """Safe to enter twice: what a released object runs may lead back here."""
+        while self.view_count > 0:
+            self.view_count -= 1
+            PyBuffer_Release(&self.views[self.view_count])
+
+    cdef int _prepare(self, list requests, list checksums) except -1:
+        cdef Py_ssize_t count = len(requests)
+        cdef Py_ssize_t i
+        if count > 0x7FFFFFFF:
+            raise ValueError(f"a batch of {count} requests is too large")
+        self.batch.ios = <db_io *>calloc(count + 1, sizeof(db_io))
+        self.views = <Py_buffer *>calloc(2 * count + 1, sizeof(Py_buffer))
+        if self.batch.ios == NULL or self.views == NULL:
+            raise MemoryError()
+        for i in range(count):
+            self._prepare_one(i, requests[i], checksums[i] if checksums is not None else None)
+        return 0
+
+    cdef int _prepare_one(self, Py_ssize_t i, object request, object checksums) except -1:
+        if not isinstance(request, (tuple, list)) or len(request) != 2:
+            raise TypeError(f"request {i} must be a pair (offset, buffer), got {request!r}")
+        cdef int64_t offset = _bytes(request[0], f"offset of request {i}")
+        cdef bint reads = self.batch.direction == DB_READ
+        cdef Py_buffer *view = &self.views[self.view_count]
+        _export(request[1], view, PyBUF_WRITABLE if reads else PyBUF_SIMPLE,
+                f"buffer of request {i}")
+        self.view_count += 1
+        if view.len == 0:
+            return 0
+        if self.batch.path == DB_PATH_DIRECT and offset % DB_BLOCK_BYTES:
+            raise AlignmentError(
+                f"offset {offset} of request {i} is not a multiple of {DB_BLOCK_BYTES}: "
+                'align it, or use path="pagecache"'
+            )
+        cdef db_io *io = &self.batch.ios[self.batch.io_count]
+        self.batch.io_count += 1
+        io.offset = offset
+        io.buffer = view.buf
+        io.length = view.len
+        if checksums is not None:
+            io.checksums = self._checksums(i, checksums, view.len, not reads)
+        return 0
+
+    cdef uint64_t *_checksums(self, Py_ssize_t i, object array, Py_ssize_t length,
+                              bint filled_in) except NULL:
+        cdef Py_buffer *view = &self.views[self.view_count]
+        cdef uint32_t chunk_bytes = self.device.chunk_bytes
+        cdef Py_ssize_t count = (length + chunk_bytes - 1) // chunk_bytes
+        _export(array, view, PyBUF_FORMAT | (PyBUF_WRITABLE if filled_in else PyBUF_SIMPLE),
+                f"checksums of request {i}")
+        self.view_count += 1
+        if (view.itemsize != 8 or view.format == NULL or <uintptr_t>view.buf % 8
+                or (strcmp(view.format, b"L") and strcmp(view.format, b"Q"))):
+            raise ValueError(f"checksums of request {i} must be an array of uint64")
+        if view.len != count * 8:
+            raise ValueError(
+                f"checksums of request {i}: {view.len // 8} given, but {length} bytes in chunks "
+                f"of {chunk_bytes} have {count}"
+            )
+        return <uint64_t *>view.buf
+
+    def __dealloc__(self):
+        cdef int rc = 0
+        if self.state == IN_FLIGHT and not self.device._forked():
+            # Off the list first: with the GIL free nobody may find an object that is going.
+            self.device._unlink(self)
+            with nogil:
+                rc = db_batch_wait(&self.batch, -1)
+            if rc != 0:
+                # The kernel may still write into this memory: leaking it is the lesser evil.
+                return
+            self.state = FINISHED
+            self.device._unpin()
+        self._release_views()
+        free(self.views)
+        free(self.batch.ios)
+
+
+# ---- device --------------------------------------------------------------------------------------
+
+class DeviceInfo(NamedTuple):
+    """What a device is: sizes in bytes, and what reaches it."""
+
+    target: str
+    size: int
+    lba_size: int
+    physical_block_size: int
+    memory_align: int
+    max_transfer: int
+    block_device: bool
+    direct: bool
+    discard: bool
+    engine: str
+    pagecache_engine: str
+    queue_depth: int
+    chunk_bytes: int
+    engines_refused: dict
+
+
+@cython.final
+@cython.no_gc
+cdef class Device:
+    """One file or block device, reached past the page cache ("direct") or through it."""
+
+    cdef db_device *ptr
+    cdef readonly object info
+    cdef pid_t pid
+    cdef uint32_t chunk_bytes
+    cdef bint closing
+    # See the top of this file. `changes` moves with every pin given back while somebody closes.
+    cdef Py_ssize_t pins
+    cdef void *live  # borrowed: the first Completion in flight
+    cdef uint64_t changes
+    cdef pthread_mutex_t lock
+    cdef pthread_cond_t changed
+
+    def __cinit__(self):
+        pthread_mutex_init(&self.lock, NULL)
+        pthread_cond_init(&self.changed, NULL)
+
+    def __init__(self):
+        raise TypeError("use Device.open(target)")
+
+    @staticmethod
+    def open(target, engine="auto", queue_depth=256, *, threads=4, chunk_bytes=262144,
+             request_bytes=262144, staging_bytes=8388608, read_only=False):
+        """Opens a file or a block device and locks it against other processes.
+
+        engine is that of the direct path: "uring", "aio", "threads", or "auto" for the first of
+        these that works here. queue_depth: requests in flight, 1 to 4096. threads: workers of
+        the page-cache path, 1 to 64. chunk_bytes is what one checksum covers, request_bytes
+        where larger transfers are split, staging_bytes the aligned memory for buffers that
+        direct I/O cannot use in place.
+
+        Raises DeviceRefusedError if another process, a mount or the kernel holds it, ValueError
+        for an option out of range, DeviceError for what the system refuses."""
+        cdef db_device_options options
+        cdef Device device = Device.__new__(Device)
+        if engine not in _ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(_ENGINES)}; got {engine!r}")
+        options.engine = _ENGINES[engine]
+        options.queue_depth = _option(queue_depth, "queue_depth", 1, 4096)
+        options.threads = _option(threads, "threads", 1, 64)
+        options.chunk_bytes = _option(chunk_bytes, "chunk_bytes", DB_BLOCK_BYTES, 1 << 30)
+        options.request_bytes = _option(request_bytes, "request_bytes", DB_BLOCK_BYTES, 1 << 30)
+        options.staging_bytes = _option(staging_bytes, "staging_bytes", 0, 1 << 40)
+        options.read_only = bool(read_only)
+        if options.chunk_bytes & (options.chunk_bytes - 1):
+            raise ValueError(f"chunk_bytes must be a power of two, got {chunk_bytes}")
+        if options.request_bytes % options.chunk_bytes:
+            raise ValueError(
+                f"request_bytes must be a multiple of chunk_bytes ({chunk_bytes}), "
+                f"got {request_bytes}"
+            )
+        if options.staging_bytes < options.request_bytes:
+            raise ValueError(
+                f"staging_bytes must hold one request of {request_bytes} bytes, "
+                f"got {staging_bytes}"
+            )
+        path = os.fsencode(target)
+        if b"\0" in path:
+            raise ValueError(f"the target {target!r} has a null character in its name")
+        device._open(path, os.fsdecode(path), engine, &options)
+        return device
+
+    cdef int _open(self, bytes path, str target, str engine,
+                   const db_device_options *options) except -1:
+        cdef const char *c_path = path
+        cdef db_device *opened = NULL
+        cdef int rc
+        with nogil:
+            rc = db_device_open(c_path, options, &opened)
+        if rc:
+            _raise_open_error(-rc, target, engine, options)
+        self.pid = getpid()
+        self.ptr = opened
+        self.chunk_bytes = options.chunk_bytes
+        cdef const db_geometry *geometry = db_device_geometry(opened)
+        refused = {}
+        for name, number in _ENGINES.items():
+            rc = db_device_engine_refusal(opened, number)
+            if rc:
+                refused[name] = os.strerror(-rc)
+        self.info = DeviceInfo(
+            target=target,
+            size=geometry.size_bytes,
+            lba_size=geometry.lba_bytes,
+            physical_block_size=geometry.physical_block_bytes,
+            memory_align=geometry.memory_align_bytes,
+            max_transfer=geometry.max_transfer_bytes,
+            block_device=bool(geometry.is_block_device),
+            direct=bool(geometry.has_direct),
+            discard=bool(geometry.can_discard),
+            engine=db_device_engine_name(opened, DB_PATH_DIRECT).decode(),
+            pagecache_engine=db_device_engine_name(opened, DB_PATH_PAGECACHE).decode(),
+            queue_depth=options.queue_depth,
+            chunk_bytes=options.chunk_bytes,
+            engines_refused=refused,
+        )
+        return 0
+
+    @property
+    def closed(self):
+        """True once close() was called, and in the child after a fork."""
+        return self.ptr == NULL or self.closing or self._forked()
+
+    def read(self, requests, *, path="direct", checksums=None):
+        """Starts reading; requests are pairs (offset, writable memory).
+
+        path "direct" needs offsets that are multiples of 4096; memory may lie anywhere and have
+        any length. checksums: one uint64 array or None a request, compared as the bytes arrive;
+        one element for each chunk_bytes. Zero-length requests are skipped.
+
+        Raises before anything is started: ValueError for ranges outside the device and memory
+        that can't be used, AlignmentError, ClosedError. Completion.wait() raises the rest."""
+        return self._start(DB_READ, requests, path, checksums)
+
+    def write(self, requests, *, path="direct", checksums=None):
+        """Starts writing; requests are pairs (offset, memory).
+
+        As read(), but: checksums are filled in by the time wait() returns, and on the direct path
+        the last block of a request is padded with zeros."""
+        return self._start(DB_WRITE, requests, path, checksums)
+
+    cdef Completion _start(self, db_direction direction, object requests, object path,
+                           object checksums):
+        cdef Completion done = Completion.__new__(Completion)
+        cdef list items
+        cdef list arrays = None
+        cdef int rc
+        self._check_open()
+        done.device = self
+        done.batch.path = _path(path)
+        done.batch.direction = direction
+        items = list(requests)
+        if checksums is not None:
+            arrays = list(checksums)
+            if len(arrays) != len(items):
+                raise ValueError(f"{len(arrays)} checksums for {len(items)} requests: "
+                                 "give one array or None for each")
+        done._prepare(items, arrays)
+        if done.batch.io_count == 0:
+            done.state = FINISHED
+            done._release_views()
+            return done
+        self._check_open()  # again: converting the arguments ran other people's code
+        done.batch.device = self.ptr
+        self.pins += 1
+        with nogil:
+            rc = db_batch_submit(&done.batch)
+        if rc:
+            self._unpin()
+            self._raise_submit_error(-rc, done)
+        done.state = IN_FLIGHT
+        self._link(done)
+        return done
+
+    cdef int _raise_submit_error(self, int error, Completion done) except -1:
+        cdef uint32_t i
+        cdef db_io *io
+        if error == ECHILD:
+            self._raise_forked()
+        if error == EBADF:
+            raise device_error(error, device=self.info.target, operation="write")
+        if error != EINVAL:
+            raise device_error(
+                error, device=self.info.target,
+                operation="write" if done.batch.direction == DB_WRITE else "read",
+            )
+        size = self.info.size
+        for i in range(done.batch.io_count):
+            io = &done.batch.ios[i]
+            start, end = io.offset, io.offset + io.length
+            if end > size:
+                raise ValueError(
+                    f"bytes {start} to {end} are not all inside {self.info.target}, "
+                    f"which has {size} bytes"
+                )
+        raise ValueError(f"{self.info.target} ({size} bytes) cannot take a batch with these "
+                         "offsets and lengths")
+
+    def flush(self):
+        """Returns when what was written has reached the medium."""
+        cdef int rc
+        self._pin()
+        with nogil:
+            rc = db_device_flush(self.ptr)
+        self._unpin()
+        if rc:
+            raise device_error(-rc, device=self.info.target, operation="flush")
+
+    def discard(self, offset, length):
+        """Tells the device that a range is no longer needed; it then reads as anything.
+
+        Raises UnsupportedError where the device can't."""
+        self._range_call(0, offset, length, "discard")
+
+    def drop_cached(self, offset, length):
+        """Writes a range's dirty pages back and drops it from the page cache."""
+        self._range_call(1, offset, length, "drop the cached pages of")
+
+    cdef int _range_call(self, int which, object offset, object length, str operation) except -1:
+        cdef uint64_t start = _bytes(offset, "offset")
+        cdef uint64_t size = _bytes(length, "length")
+        cdef int rc
+        self._pin()
+        with nogil:
+            if which == 0:
+                rc = db_device_discard(self.ptr, start, size)
+            else:
+                rc = db_device_drop_cached(self.ptr, start, size)
+        self._unpin()
+        self._check_range(rc, start, size, operation)
+        return 0
+
+    def cached_bytes(self, offset, length):
+        """Bytes of the range that the page cache holds, and of these the dirty ones.
+
+        Raises UnsupportedError before Linux 6.5."""
+        cdef uint64_t start = _bytes(offset, "offset")
+        cdef uint64_t size = _bytes(length, "length")
+        cdef uint64_t cached = 0
+        cdef uint64_t dirty = 0
+        cdef int rc
+        self._pin()
+        with nogil:
+            rc = db_device_cached(self.ptr, start, size, &cached, &dirty)
+        self._unpin()
+        self._check_range(rc, start, size, "count the cached pages of")
+        return cached, dirty
+
+    cdef int _check_range(self, int rc, uint64_t offset, uint64_t length,
+                          str operation) except -1:
+        if rc == 0:
+            return 0
+        if rc == -EINVAL:
+            raise ValueError(
+                f"cannot {operation} {length} bytes at {offset}: {self.info.target} has "
+                f"{self.info.size} bytes"
+            )
+        if rc == -ENOSYS or rc == -EOPNOTSUPP:
+            raise UnsupportedError(
+                f"cannot {operation} {self.info.target}: the kernel or the device does not "
+                f"offer it ({os.strerror(-rc)})"
+            )
+        raise device_error(-rc, device=self.info.target, operation=operation, offset=offset,
+                           length=length)
+
+    def stats(self):
+        """Counters of each path: {"direct": {"reads": ...}, "pagecache": {...}}."""
+        cdef db_path_stats found
+        cdef db_path path
+        self._check_open()
+        result = {}
+        for name in ("direct", "pagecache"):
+            path = _path(name)
+            db_device_stats(self.ptr, path, &found)
+            result[name] = found
+        return result
+
+    def close(self):
+        """Turns new work away, waits for what is in flight, closes. From any thread, any number
+        of times; returns when the device is closed. After a fork, in the child: only frees."""
+        cdef db_device *ptr
+        cdef Completion done
+        self.closing = True
+        if not self._forked():
+            # A close() in another thread may be about to free; its pin says when it has.
+            while self.pins:
+                if self.live != NULL:
+                    done = <Completion>self.live
+                    done._drive(-1)
+                    done = None
+                else:
+                    self._wait_change()
+        if self.ptr == NULL:
+            return
+        ptr = self.ptr
+        self.ptr = NULL
+        self.pins += 1
+        with nogil:
+            db_device_close(ptr)
+        self._unpin()
+
+    def __enter__(self):
+        self._check_open()
+        return self
+
+    def __exit__(self, *exc):
+        self.close()
+
+    def __repr__(self):
+        target = self.info.target if self.info is not None else "?"
+        return f"<dualblade.Device {target!r}{' (closed)' if self.closed else ''}>"
+
+    def __del__(self):
+        # Nothing is in flight: every Completion in flight holds a reference to its Device.
+        if self.ptr == NULL or self._forked():
+            return
+        try:
+            PyErr_ResourceWarning(self, 1, b"unclosed %R: call close(), or use `with`",
+                                  <void *>self)
+        finally:
+            self.close()
+
+    def __dealloc__(self):
+        cdef db_device *ptr = self.ptr
+        self.ptr = NULL
+        if ptr != NULL:
+            with nogil:
+                db_device_close(ptr)
+        if not self._forked():
+            pthread_cond_destroy(&self.changed)
+            pthread_mutex_destroy(&self.lock)
+
+    # -- pins, and the list of what is in flight --
+
+    cdef bint _forked(self) noexcept:
+        return self.pid != 0 and getpid() != self.pid
+
+    cdef int _raise_forked(self) except -1:
+        raise ClosedError(
+            f"{self.info.target} was opened before a fork and belongs to the parent process: "
+            "open it in the child"
+        )
+
+    cdef int _check_fork(self) except -1:
+        if self._forked():
+            self._raise_forked()
+        return 0
+
+    cdef int _check_open(self) except -1:
+        self._check_fork()
+        if self.ptr == NULL or self.closing:
+            raise ClosedError(f"{self.info.target} is closed: open it again")
+        return 0
+
+    cdef int _pin(self) except -1:
+        self._check_open()
+        self.pins += 1
+        return 0
+
+    cdef void _unpin(self) noexcept:
+        self.pins -= 1
+        self._notify()
+
+    cdef void _notify(self) noexcept:
+        if self.closing:
+            pthread_mutex_lock(&self.lock)
+            self.changes += 1
+            pthread_cond_broadcast(&self.changed)
+            pthread_mutex_unlock(&self.lock)
+
+    cdef int _wait_change(self) except -1:
+        """Sleeps until a pin is given back or a batch appears; called with the GIL held, so that
+        nothing changes between the caller's look at the pins and the first line here."""
+        cdef uint64_t seen = self.changes
+        cdef timespec until
+        with nogil:
+            clock_gettime(CLOCK_REALTIME, &until)
+            until.tv_nsec += SIGNAL_SLICE_NS
+            if until.tv_nsec >= 1000000000:
+                until.tv_nsec -= 1000000000
+                until.tv_sec += 1
+            pthread_mutex_lock(&self.lock)
+            if self.changes == seen:
+                pthread_cond_timedwait(&self.changed, &self.lock, &until)
+            pthread_mutex_unlock(&self.lock)
+        PyErr_CheckSignals()
+        return 0
+
+    cdef void _link(self, Completion done) noexcept:
+        done.next = self.live
+        if self.live != NULL:
+            (<Completion>self.live).previous = <void *>done
+        self.live = <void *>done
+        self._notify()
+
+    cdef void _unlink(self, Completion done) noexcept:
+        if done.previous != NULL:
+            (<Completion>done.previous).next = done.next
+        elif self.live == <void *>done:
+            self.live = done.next
+        if done.next != NULL:
+            (<Completion>done.next).previous = done.previous
+        done.previous = NULL
+        done.next = NULL
+
+
+cdef int _raise_open_error(int error, str target, str engine,
+                           const db_device_options *options) except -1:
+    if error == ENOSYS and engine != "auto":
+        raise UnsupportedError(
+            f'engine "{engine}" is not available here ({os.strerror(error)}): '
+            'use engine="auto"'
+        )
+    if error == EINVAL:
+        raise ValueError(
+            f"{target} cannot be opened: it is empty, or an option is out of range "
+            f"(queue_depth {options.queue_depth}, request_bytes {options.request_bytes})"
+        )
+    if error == ENOMEM:
+        raise MemoryError(f"not enough memory for the queues of {target}")
+    raise device_error(error, device=target, operation="open")
+
+
+include "_core_memory.pxi"
+include "_core_extents.pxi"
+include "_core_tail.pxi"
+
+
+# ---- checksums, signatures, counters -------------------------------------------------------------
+
+def checksum(data):
+    """XXH3, 64 bits, of contiguous memory."""
+    cdef Py_buffer view
+    cdef uint64_t result
+    _export(data, &view, PyBUF_SIMPLE, "data")
+    if view.len > NOGIL_BYTES:
+        with nogil:
+            result = db_checksum(view.buf, view.len)
+    else:
+        result = db_checksum(view.buf, view.len)
+    PyBuffer_Release(&view)
+    return result
+
+
+def checksum_chunks(data, chunk_bytes):
+    """An array of uint64: one checksum for each chunk_bytes of data."""
+    cdef uint32_t chunk = _option(chunk_bytes, "chunk_bytes", 1, 1 << 31)
+    cdef Py_buffer view
+    cdef uint64_t *result_at
+    _export(data, &view, PyBUF_SIMPLE, "data")
+    try:
+        result = np.empty(-(-view.len // chunk), np.uint64)
+        result_at = <uint64_t *><uintptr_t>result.ctypes.data
+        with nogil:
+            db_checksum_chunks(view.buf, view.len, chunk, result_at)
+    finally:
+        PyBuffer_Release(&view)
+    return result
+
+
+def find_signature(path):
+    """What libblkid finds at the start of a device or file, such as "ext4" or "gpt"; "" when it
+    finds nothing. Raises UnsupportedError without libblkid, DeviceError if it can't be read."""
+    cdef bytes encoded = os.fsencode(path)
+    cdef const char *c_path = encoded
+    cdef char name[64]
+    cdef int rc
+    with nogil:
+        rc = db_find_signature(c_path, name, sizeof(name))
+    if rc == -ENOSYS:
+        raise UnsupportedError("libblkid is not on this system, so it cannot be seen whether "
+                               f"{os.fsdecode(encoded)} holds a filesystem: install libblkid1")
+    if rc:
+        raise device_error(-rc, device=os.fsdecode(encoded), operation="signature check")
+    return (<bytes>name).decode()
+
+
+def counters():
+    """Objects of the C core alive in this process; all zero when everything is closed."""
+    cdef db_counters_t found
+    db_counters(&found)
+    return found

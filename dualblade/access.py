@@ -1,0 +1,203 @@
+"""Who may use an entry when: the counting and waiting under TensorStore.
+
+An operation has one of three kinds of hold on an entry:
+  shared      it reads; any number at once
+  appending   it writes behind what readers see; one at a time, beside readers
+  exclusive   it moves or shortens what is stored, or changes its path; alone
+Holds are taken and given back under one lock; nothing waits for I/O with it. A ticket that nobody
+has waited for still holds its entries, so whoever must wait for a hold settles the tickets first.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from dualblade import tensor
+from dualblade.catalog import Catalog
+from dualblade.entry import Entry
+from dualblade.errors import ClosedError
+from dualblade.index import Index
+from dualblade.residency import Residency
+from dualblade.ticket import Ticket
+
+
+class EntryAccess:
+    """The lock, the state and the holds of a store."""
+
+    def __init__(self, index: Index, catalog: Catalog, residency: Residency) -> None:
+        self._index = index
+        self._catalog = catalog
+        self._residency = residency
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._state = "open"
+        self._closer = 0
+        self._active = 0
+        self._tickets: dict[Ticket, None] = {}
+        self._pending: dict[str, Ticket] = {}
+        """Puts under way, by key: whatever is done with the key next waits for them."""
+
+    # ---- open or not ------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._state == "open":
+            return
+        if self._state == "flushing" and self._closer == threading.get_ident():
+            return
+        if self._state == "forked":
+            raise ClosedError("the store was opened before a fork: open it in one process only")
+        raise ClosedError("the store is closed")
+
+    def forget_after_fork(self) -> None:
+        """In the child after a fork: the store is the parent's, and its locks may be held there."""
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        if self._state != "closed":
+            self._state = "forked"
+
+    # ---- operations -------------------------------------------------------------------------
+
+    @contextmanager
+    def _settled(self, keys: Iterable[str]) -> Iterator[None]:
+        """Holds the lock, at a moment at which no put of these keys is under way."""
+        keys = list(keys)
+        while True:
+            with self._lock:
+                self._check_open()
+                tickets = {self._pending[key] for key in keys if key in self._pending}
+                if not tickets:
+                    yield
+                    return
+            for ticket in tickets:
+                ticket.settle()
+
+    @contextmanager
+    def _operation(self, keys: Iterable[str]) -> Iterator[None]:
+        """`_settled`, as an operation that close() waits for."""
+        with self._settled(keys):
+            self._active += 1
+            try:
+                yield
+            finally:
+                self._leave()
+
+    @contextmanager
+    def _starting(self, keys: Iterable[str]) -> Iterator[None]:
+        """`_operation`, but one that goes on afterwards: `_leave` is the caller's to call then."""
+        with self._settled(keys):
+            self._active += 1
+            try:
+                yield
+            except BaseException:
+                self._leave()
+                raise
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._active -= 1
+            self._changed.notify_all()
+
+    def _register(self, ticket: Ticket, writes: Iterable[str] = ()) -> None:
+        with self._lock:
+            self._tickets[ticket] = None
+            self._pending.update(dict.fromkeys(writes, ticket))
+            self._changed.notify_all()
+
+    def _unregister(self, ticket: Ticket, writes: Iterable[str] = ()) -> None:
+        with self._lock:
+            del self._tickets[ticket]
+            for key in writes:
+                if self._pending.get(key) is ticket:
+                    del self._pending[key]
+            self._leave()
+
+    def _settle_tickets(self) -> None:
+        """Finishes what nobody has waited for; errors stay with the tickets."""
+        with self._lock:
+            tickets = list(self._tickets)
+        for ticket in tickets:
+            ticket.settle()
+
+    # ---- holds on entries ---------------------------------------------------------------------
+
+    def _wait_for(self, keys: Iterable[str], is_taken: Callable[[Entry], bool]) -> list[Entry]:
+        """The entries of these keys, once none is taken. The lock is held, and waits release it."""
+        keys = list(keys)
+        while True:
+            entries = [self._index.find(key) for key in keys]
+            if not any(is_taken(entry) for entry in entries):
+                return entries
+            self._changed.wait()
+
+    def _release(self, entries: Iterable[Entry]) -> None:
+        with self._lock:
+            for entry in entries:
+                self._index.release(entry, self._residency)
+            self._changed.notify_all()
+
+    @contextmanager
+    def _shared(self, key: str) -> Iterator[Entry]:
+        with self._starting([key]):
+            (entry,) = self._wait_for([key], lambda entry: entry.is_exclusive)
+            entry.users += 1
+        try:
+            yield entry
+        finally:
+            self._release([entry])
+            self._leave()
+
+    @contextmanager
+    def _appending(self, keys: Iterable[str]) -> Iterator[list[Entry]]:
+        with self._starting(keys):
+            entries = self._wait_for(keys, lambda entry: entry.is_exclusive or entry.is_appending)
+            for entry in entries:
+                entry.users += 1
+                entry.is_appending = True
+        try:
+            yield entries
+        finally:
+            with self._lock:
+                for entry in entries:
+                    entry.is_appending = False
+                self._release(entries)
+                self._leave()
+
+    @contextmanager
+    def _exclusive(self, keys: Iterable[str]) -> Iterator[list[Entry]]:
+        keys = list(dict.fromkeys(keys))
+        with self._starting(keys):
+            entries = self._wait_for(keys, lambda entry: entry.is_exclusive)
+            for entry in entries:
+                entry.users += 1
+                entry.is_exclusive = True  # from here on nobody else begins
+        try:
+            self._settle_tickets()
+            with self._lock:
+                while any(entry.users > 1 for entry in entries):
+                    self._changed.wait()
+            yield entries
+        finally:
+            with self._lock:
+                for entry in entries:
+                    entry.is_exclusive = False
+                self._release(entries)
+                self._leave()
+
+
+def rows_of(entries: Iterable[Entry], rows: Mapping[str, Any]) -> list[tensor.Tensor]:
+    """The rows to be appended to each entry, as bytes. ValueError, TypeError if they don't fit."""
+    parts = []
+    for entry in entries:
+        if not entry.capacity:
+            raise ValueError(f"{entry.key!r} has no axis to append along")
+        part = tensor.as_rows(rows[entry.key], entry.capacity[1:], entry.dtype)
+        if entry.rows + part.shape[0] > entry.capacity[0]:
+            raise ValueError(
+                f"{entry.key!r} has {entry.rows} of {entry.capacity[0]} rows: there is no room for "
+                f"{part.shape[0]} more; resize it first"
+            )
+        parts.append(part)
+    return parts

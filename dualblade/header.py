@@ -1,0 +1,129 @@
+"""The block at offset 0 of a store's device: whose it is, and how it is laid out."""
+
+from __future__ import annotations
+
+import os
+import struct
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from dualblade._core import checksum
+from dualblade.errors import CorruptionError, DeviceRefusedError, UnsupportedError
+
+HEADER_BYTES = 4096
+HEADER_VERSION = 1
+DATA_OFFSET = 1 << 20
+"""Where extents begin: a boundary that flash pages, RAID stripes and huge pages all divide."""
+
+_BLOCK_BYTES = 4096  # extents are laid out in these, so a logical block may not be larger
+_MAGIC = b"DUALBLAD"
+# magic, version, header bytes, store id, size, lba, chunk, data offset, created; zeros to the
+# checksum in the last eight bytes.  Magic and version stay where they are in every version.
+_LAYOUT = struct.Struct("<8sII16sQIIQQ")
+_CHECKSUM = struct.Struct("<Q")
+_CHECKED_BYTES = HEADER_BYTES - _CHECKSUM.size
+
+
+@dataclass(frozen=True)
+class Header:
+    """A store's identity and geometry."""
+
+    store_id: str
+    """32 hexadecimal digits, drawn anew at each format."""
+    size_bytes: int
+    lba_bytes: int
+    """Logical block of the device at the time of the format."""
+    chunk_bytes: int
+    """What one checksum covers."""
+    data_offset: int
+    """The first byte for extents."""
+    created_unix: int
+    """Seconds since 1970."""
+
+    @staticmethod
+    def new_store_id() -> str:
+        """An id that no other store has."""
+        return uuid.uuid4().hex
+
+    def pack(self) -> bytes:
+        """The block, HEADER_BYTES long."""
+        fields = _LAYOUT.pack(
+            _MAGIC,
+            HEADER_VERSION,
+            HEADER_BYTES,
+            bytes.fromhex(self.store_id),
+            self.size_bytes,
+            self.lba_bytes,
+            self.chunk_bytes,
+            self.data_offset,
+            self.created_unix,
+        )
+        body = fields.ljust(_CHECKED_BYTES, b"\0")
+        return body + _CHECKSUM.pack(checksum(body))
+
+    @classmethod
+    def find(cls, block: Any, target: str | os.PathLike[str] = "the device") -> Header | None:
+        """The header in a device's first block; None if there is no sign of one.
+
+        Raises UnsupportedError for a header of another version, CorruptionError for a damaged one.
+        """
+        if bytes(memoryview(block)[: len(_MAGIC)]) != _MAGIC:
+            return None
+        return cls.unpack(block, target=target)
+
+    @classmethod
+    def unpack(cls, block: Any, target: str | os.PathLike[str] = "the device") -> Header:
+        """The header in a device's first HEADER_BYTES.
+
+        Raises UnsupportedError for a header of another version, CorruptionError for one that is
+        damaged, cut off or not there.
+        """
+        block = bytes(memoryview(block)[:HEADER_BYTES])
+        target = os.fspath(target)
+        if block[: len(_MAGIC)] != _MAGIC:
+            raise CorruptionError(
+                f"{target} has no store header; if there was a store, its first block was "
+                f"overwritten: restore it from a backup, or start anew with `dualblade format "
+                f"{target}`"
+            )
+        if len(block) < HEADER_BYTES:
+            raise CorruptionError(
+                f"the store header of {target} is cut off after {len(block)} bytes: restore the "
+                f"store from a backup, or start anew with `dualblade format {target}`"
+            )
+        _, version, _, store_id, size, lba, chunk, data_offset, created = _LAYOUT.unpack_from(block)
+        if version != HEADER_VERSION:
+            raise UnsupportedError(
+                f"the store on {target} was written in format version {version}; this release "
+                f"reads version {HEADER_VERSION}: use the one that wrote it, or start anew with "
+                f"`dualblade format {target}`, which loses what is stored"
+            )
+        (expected,) = _CHECKSUM.unpack_from(block, _CHECKED_BYTES)
+        if checksum(block[:_CHECKED_BYTES]) != expected:
+            raise CorruptionError(
+                f"the store header of {target} does not match its checksum: it was damaged or "
+                "overwritten in part; restore it from a backup, or start anew with "
+                f"`dualblade format {target}`"
+            )
+        return cls(store_id.hex(), size, lba, chunk, data_offset, created)
+
+    def check_device(self, size_bytes: int, lba_bytes: int, target: str | os.PathLike[str]) -> None:
+        """Whether a device of this size and logical block can hold the store.
+
+        Raises DeviceRefusedError. A larger device, or one whose logical block changed, is fine:
+        everything is laid out in blocks of 4096 bytes.
+        """
+        target = os.fspath(target)
+        if size_bytes < self.size_bytes:
+            raise DeviceRefusedError(
+                f"{target} has {size_bytes} bytes, but the store on it was made with "
+                f"{self.size_bytes}: it was truncated, or copied in part to a smaller device; "
+                "restore it to its full size, or start anew with "
+                f"`dualblade format {target}`"
+            )
+        if lba_bytes > _BLOCK_BYTES:
+            raise DeviceRefusedError(
+                f"{target} has logical blocks of {lba_bytes} bytes; a store needs {_BLOCK_BYTES} "
+                "or less: use another device or reformat its namespace (nvme format --lbaf)"
+            )

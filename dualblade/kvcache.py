@@ -1,0 +1,708 @@
+"""KVCache: the keys and values of a model's layers, token by token, on top of a TensorStore."""
+
+from __future__ import annotations
+
+import math
+import operator
+import threading
+import uuid
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dualblade import tensor
+from dualblade._core import BLOCK_BYTES, Buffer
+from dualblade.errors import ClosedError, DualbladeError
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from dualblade.store import TensorStore
+    from dualblade.ticket import Ticket
+
+Array = np.ndarray[Any, Any]
+
+# What a layer that names no length starts with; it grows as it must.
+GROWING_TOKENS = 4096
+# Layers are read ahead into memory of at most this, or a quarter of the store's budget if less.
+STAGING_BYTES = 64 << 20
+LOOKAHEAD_LAYERS = 2
+# Tokens that a layer which was read ahead can take in before its memory is full.
+SPARE_TOKENS = 16
+# Beams are gathered, and batches rewritten, this much at a time.
+GATHER_BYTES = 1 << 20
+REWRITE_BYTES = 8 << 20
+
+
+class KVCache:
+    """The key/value cache of one batch of sequences, kept in a store.
+
+    Each layer has two tensors, "<name>/<layer>/k" [tokens, batch, kv_heads, head_dim] and
+    "<name>/<layer>/v" [tokens, batch, kv_heads, value_dim], laid out in one contiguous run and
+    bound to one group, so that they are on the same path. `append()` adds tokens to a layer,
+    `fetch()` returns those it has, and sets the next layers on their way: the reads of a decoder
+    that goes through its layers in order, step after step, overlap with its computing.
+
+    Growing past `max_tokens` moves a layer to a run twice as large, which takes the time of a copy.
+
+    Beam search permutes the batch at every step. `reorder()` rewrites nothing: for each token it
+    remembers in which row of the batch a sequence's keys and values were stored, and `fetch()`
+    gathers them. Tokens appended later are stored in their own rows again.
+
+    Arguments:
+        store: what `dualblade.open()` returned.
+        layers: layers to lay out now; `add_layer()` adds more, of other shapes.
+        kv_heads, head_dim, value_dim: of a token; value_dim is head_dim unless given.
+        dtype: anything with a dtype tag: "float16", "bfloat16", numpy.float32, torch.float16.
+        batch: sequences.
+        max_tokens: to lay out storage for, in each layer; None starts small and grows.
+        name: what the keys start with; made up if not given.
+        lookahead: layers to read ahead. None: as many as fit into 64 MiB or a quarter of the
+            store's memory budget, at most 2.
+
+    All methods may be called from any thread, one at a time does its work. Raises NoSpaceError when
+    the store has no room, and then nothing was changed; ClosedError after `close()`.
+    """
+
+    def __init__(
+        self,
+        store: TensorStore,
+        layers: int = 32,
+        kv_heads: int = 8,
+        head_dim: int = 128,
+        dtype: Any = "float16",
+        batch: int = 1,
+        max_tokens: int | None = 32768,
+        *,
+        name: str | None = None,
+        value_dim: int | None = None,
+        lookahead: int | None = None,
+    ) -> None:
+        self._store = store
+        self._lock = threading.RLock()
+        self._is_closed = False
+        self.name = f"kv-{uuid.uuid4().hex[:12]}" if name is None else str(name)
+        self._batch = _count("batch", batch)
+        self._kv_heads = _count("kv_heads", kv_heads)
+        self._head_dim = _count("head_dim", head_dim)
+        self._value_dim = self._head_dim if value_dim is None else _count("value_dim", value_dim)
+        self._dtype = tensor.dtype_tag(dtype)
+        max_tokens = GROWING_TOKENS if max_tokens is None else max_tokens
+        self._max_tokens = _count("max_tokens", max_tokens)
+        self._lookahead = None if lookahead is None else _count("lookahead", lookahead, least=0)
+        self._staging_bytes = min(STAGING_BYTES, store.memory_budget // 4)
+        self._pool = _BufferPool(self._staging_bytes)
+        self._layers: list[_Layer] = []
+        self._generation = 0
+        self._ahead: dict[int, _Snapshot] = {}
+        self._counts: Counter[str] = Counter()
+        try:
+            for _ in range(_count("layers", layers, least=0)):
+                self.add_layer(self._kv_heads, self._head_dim, value_dim=self._value_dim)
+        except BaseException:
+            self.close()
+            raise
+
+    # ---- layers ----------------------------------------------------------------------------------
+
+    def add_layer(
+        self,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        value_dim: int | None = None,
+        dtype: Any = None,
+        batch: int | None = None,
+        max_tokens: int | None = None,
+        window: int | None = None,
+    ) -> int:
+        """Lays out one more layer; returns its index.
+
+        dtype and max_tokens are the cache's unless given, value_dim is head_dim unless given.
+        batch has to agree with the cache's. With a window, `fetch()` returns the last `window`
+        tokens only. Raises ValueError, TypeError, NoSpaceError.
+        """
+        head_dim = _count("head_dim", head_dim)
+        if batch is not None and _count("batch", batch) != self._batch:
+            raise ValueError(
+                f"a layer of batch {batch} does not fit a cache of batch {self._batch}: all layers "
+                "hold the same sequences"
+            )
+        layer = _Layer(
+            heads=_count("kv_heads", kv_heads),
+            dims=(head_dim, head_dim if value_dim is None else _count("value_dim", value_dim)),
+            dtype=self._dtype if dtype is None else tensor.dtype_tag(dtype),
+            batch=self._batch,
+            capacity=self._max_tokens if max_tokens is None else _count("max_tokens", max_tokens),
+            window=None if window is None else _count("window", window),
+        )
+        with self._opened():
+            index = len(self._layers)
+            layer.group = f"{self.name}/{index:03d}"
+            self._reserve(layer)
+            self._layers.append(layer)
+            return index
+
+    def _reserve(self, layer: _Layer) -> None:
+        suffix = f"~{self._generation}" if self._generation else ""
+        layer.keys = (f"{layer.group}/k{suffix}", f"{layer.group}/v{suffix}")
+        for key in layer.keys:
+            if key in self._store:
+                raise ValueError(
+                    f"the store has a tensor {key!r} already: give this cache another name, or "
+                    "close() the one that has it"
+                )
+        self._store.reserve_many(
+            {
+                key: ((layer.capacity, *layer.row_shape(which)), layer.dtype)
+                for which, key in enumerate(layer.keys)
+            },
+            group=layer.group,
+        )
+
+    def __len__(self) -> int:
+        """The number of layers."""
+        return len(self._layers)
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return self._batch
+
+    @property
+    def length(self) -> int:
+        """Tokens that every layer has."""
+        return min((layer.tokens for layer in self._layers), default=0)
+
+    def tokens(self, layer: int) -> int:
+        """Tokens that this layer has, those before its window included."""
+        return self._layer(layer).tokens
+
+    def _layer(self, index: int) -> _Layer:
+        number = operator.index(index)
+        if not 0 <= number < len(self._layers):
+            raise IndexError(f"layer {number} of a cache that has {len(self._layers)} layers")
+        return self._layers[number]
+
+    # ---- append ----------------------------------------------------------------------------------
+
+    def append(self, layer: int, k: Any, v: Any) -> None:
+        """Adds tokens to a layer: both of them, or neither if something goes wrong.
+
+        k is [tokens, batch, kv_heads, head_dim], v [tokens, batch, kv_heads, value_dim]; numpy
+        arrays or torch tensors in host memory, with any strides. Raises ValueError if a shape,
+        TypeError if a dtype is another.
+        """
+        with self._opened():
+            into = self._layer(layer)
+            rows = [self._as_rows(into, which, array) for which, array in enumerate((k, v))]
+            count = len(rows[0])
+            if len(rows[1]) != count:
+                raise ValueError(f"k has {count} tokens and v {len(rows[1])}: they go together")
+            if count == 0:
+                return
+            if into.tokens + count > into.capacity:
+                self._grow(layer, into, into.tokens + count)
+            self._store.append_many(dict(zip(into.keys, rows, strict=True)))
+            into.tokens += count
+            ahead = self._ahead.get(layer)
+            if ahead is not None and not ahead.append(rows, into.tokens):
+                self._drop(layer)
+
+    def _as_rows(self, layer: _Layer, which: int, array: Any) -> Array:
+        row_shape = layer.row_shape(which)
+        try:
+            rows = tensor.as_rows(array, row_shape, layer.dtype)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{'kv'[which]}: {error}") from None
+        return tensor.from_bytes(rows.data, rows.shape, rows.dtype)
+
+    def _grow(self, index: int, layer: _Layer, tokens: int) -> None:
+        capacity = max(2 * layer.capacity, tokens)
+        self._settle(index)  # the run that it reads is about to be given up
+        self._store.resize_many(dict.fromkeys(layer.keys, capacity))
+        layer.capacity = capacity
+        self._counts["grown"] += 1
+
+    # ---- fetch -----------------------------------------------------------------------------------
+
+    def fetch(self, layer: int, *, start: int | None = None) -> tuple[Array, Array]:
+        """A layer's keys and values: arrays [tokens, batch, kv_heads, dim] that are the caller's.
+
+        From token `start` on; if it is None, from the first, or in a layer with a window the last
+        `window` tokens. The arrays are contiguous and writable, and their memory is used again
+        once nothing refers to it: neither they, nor views or torch tensors made of them.
+
+        The next layers, in cyclic order, are read ahead meanwhile.
+        """
+        with self._opened():
+            source = self._layer(layer)
+            first = source.first_token() if start is None else _count("start", start, least=0)
+            if first > source.tokens:
+                raise ValueError(f"start {first} is past the {source.tokens} tokens of the layer")
+            self._counts["fetches"] += 1
+            if layer in self._ahead and not self._ahead[layer].serves(first, source.tokens):
+                self._drop(layer)
+            found = self._ahead.pop(layer, None)
+            is_ahead = found is not None
+            if found is None:
+                found = self._start_read(source, first)
+            self._read_ahead(layer)
+            if is_ahead and found.fails():
+                # Read it again, so that what is raised is of this read and not of one long ago.
+                is_ahead, found = False, self._start_read(source, first)
+            found.ticket.result()
+            self._counts["ahead_used"] += is_ahead
+            return found.take(first, source)
+
+    def _start_read(self, layer: _Layer, first: int) -> _Snapshot:
+        """Starts reading the tokens from `first` on into memory with room for some more."""
+        snapshot = _Snapshot(self._pool, layer, first)
+        snapshot.ticket = self._store.read_many_async(
+            [
+                (key, first, layer.tokens, memory[: layer.tokens - first])
+                for key, memory in zip(layer.keys, snapshot.memory, strict=True)
+            ]
+        )
+        return snapshot
+
+    def _read_ahead(self, layer: int) -> None:
+        limit = LOOKAHEAD_LAYERS if self._lookahead is None else self._lookahead
+        limit = min(limit, len(self._layers))
+        wanted = [(layer + step) % len(self._layers) for step in range(1, limit + 1)]
+        for index in set(self._ahead).difference(wanted):
+            self._drop(index)
+        for index in wanted:
+            source = self._layers[index]
+            first = source.first_token()
+            ahead = self._ahead.get(index)
+            if ahead is not None and ahead.serves(first, source.tokens):
+                continue
+            self._drop(index)
+            if source.tokens == 0:
+                continue
+            if self._lookahead is None and not self._fits_staging(source, first):
+                return
+            try:
+                self._ahead[index] = self._start_read(source, first)
+            except (DualbladeError, MemoryError):
+                return  # fetch() of that layer will say what is wrong, if it still is
+            self._counts["ahead_started"] += 1
+
+    def _fits_staging(self, layer: _Layer, first: int) -> bool:
+        taken = sum(ahead.nbytes for ahead in self._ahead.values())
+        return taken + _Snapshot.size(layer, first) <= self._staging_bytes
+
+    def _drop(self, layer: int) -> None:
+        """Forgets what was read ahead, once its memory is nobody's any more."""
+        ahead = self._ahead.pop(layer, None)
+        if ahead is not None:
+            self._counts["ahead_unused"] += 1
+            ahead.fails()
+
+    def _settle(self, layer: int) -> None:
+        """Waits for a read ahead, since the tensor that it reads is about to change."""
+        ahead = self._ahead.get(layer)
+        if ahead is not None and ahead.fails():
+            self._drop(layer)
+
+    # ---- truncate, reorder, batch ----------------------------------------------------------------
+
+    def truncate(self, tokens: int) -> None:
+        """Keeps the first `tokens` tokens of every layer; a layer with fewer stays as it is."""
+        keep = _count("tokens", tokens, least=0)
+        with self._opened():
+            longer = [i for i, layer in enumerate(self._layers) if layer.tokens > keep]
+            if not longer:
+                return
+            for index in longer:
+                self._settle(index)
+            self._store.truncate_many(
+                {key: keep for index in longer for key in self._layers[index].keys}
+            )
+            cut: dict[int, Array] = {}  # layers share their row maps, and go on sharing them
+            for index in longer:
+                layer = self._layers[index]
+                layer.tokens = keep
+                if layer.row_map is not None and len(layer.row_map) > keep:
+                    cut.setdefault(id(layer.row_map), layer.row_map[:keep].copy())
+                    layer.row_map = cut[id(layer.row_map)] if keep else None
+                ahead = self._ahead.get(index)
+                if ahead is not None and not ahead.truncate(keep):
+                    self._drop(index)
+
+    def reset(self) -> None:
+        """Forgets all tokens; what was laid out for them stays."""
+        self.truncate(0)
+
+    def reorder(self, index: Sequence[int] | Array) -> None:
+        """Sequence i of the batch becomes what sequence index[i] was, in every layer.
+
+        index has `batch` numbers, which may repeat. Nothing is read or written: see the class.
+        """
+        order = self._batch_index(index)
+        if len(order) != self._batch:
+            raise ValueError(f"index has {len(order)} numbers for a batch of {self._batch}")
+        with self._opened():
+            if (order == np.arange(self._batch)).all():
+                return
+            made: dict[tuple[int, int], Array | None] = {}
+            before = [layer.row_map for layer in self._layers]  # keeps the ids apart
+            for layer, row_map in zip(self._layers, before, strict=True):
+                shared = (id(row_map), layer.tokens)
+                if shared not in made:
+                    made[shared] = _reordered(row_map, layer.tokens, order)
+                layer.row_map = made[shared]
+
+    def select_batch(self, index: Sequence[int] | Array) -> None:
+        """Keeps these sequences of the batch, in this order; they may repeat.
+
+        Everything is written again, into new tensors: while it runs, both are in the store.
+        """
+        order = self._batch_index(index)
+        if len(order) == 0:
+            raise ValueError("select_batch() of no sequences: close() or reset() the cache instead")
+        with self._opened():
+            if len(order) == self._batch and (order == np.arange(self._batch)).all():
+                return
+            self._rewrite(order)
+
+    def repeat_batch(self, times: int) -> None:
+        """Repeats each sequence of the batch, [a, b] becoming [a, a, b, b]. As select_batch()."""
+        times = _count("times", times)
+        self.select_batch(np.repeat(np.arange(self._batch), times))
+
+    def _batch_index(self, index: Sequence[int] | Array) -> Array:
+        order = np.asarray(index)
+        if order.size == 0:
+            order = order.astype(np.int32)
+        if order.ndim != 1 or order.dtype.kind not in "iu":
+            raise TypeError(
+                f"index has to be a sequence of whole numbers, not {order.ndim}-dimensional "
+                f"of dtype {order.dtype}"
+            )
+        if order.size and not (order.min() >= 0 and order.max() < self._batch):
+            raise ValueError(f"index {order.tolist()} is not within a batch of {self._batch}")
+        return order.astype(np.int32)
+
+    def _rewrite(self, order: Array) -> None:
+        for index in list(self._ahead):
+            self._settle(index)
+            self._drop(index)
+        self._generation += 1
+        moved: list[_Layer] = []
+        try:
+            for layer in self._layers:
+                new = layer.with_batch(len(order))
+                self._reserve(new)
+                moved.append(new)
+                self._copy_rows(layer, new, order)
+        except BaseException:
+            self._store.delete_many([key for layer in moved for key in layer.keys])
+            raise
+        given_up = [key for layer in self._layers for key in layer.keys]
+        self._layers, self._batch = moved, len(order)
+        self._store.delete_many(given_up)
+
+    def _copy_rows(self, source: _Layer, target: _Layer, order: Array) -> None:
+        step = max(1, REWRITE_BYTES // (source.row_bytes(0) + source.row_bytes(1)))
+        for first in range(0, source.tokens, step):
+            part = source.until(min(first + step, source.tokens))
+            snapshot = self._start_read(part, first)
+            snapshot.ticket.result()
+            rows = [np.take(array, order, axis=1) for array in snapshot.take(first, part)]
+            self._store.append_many(dict(zip(target.keys, rows, strict=True)))
+            target.tokens = part.tokens
+
+    # ---- the end ---------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """What it holds and how reading ahead fares.
+
+        "ahead_started", "ahead_used", "ahead_unused": layers that were read ahead, and what became
+        of them. "ahead_bytes", "lent_bytes", "idle_bytes": memory that holds layers read ahead,
+        of all arrays that somebody uses (those read ahead included), and waiting to be used again.
+        """
+        with self._lock:
+            counts = ("fetches", "ahead_started", "ahead_used", "ahead_unused", "grown")
+            return {
+                "name": self.name,
+                "layers": len(self._layers),
+                "batch": self._batch,
+                "tokens": self.length,
+                "stored_bytes": sum(
+                    layer.tokens * layer.row_bytes(which)
+                    for layer in self._layers
+                    for which in (0, 1)
+                ),
+                **{count: self._counts[count] for count in counts},
+                "ahead_bytes": sum(ahead.nbytes for ahead in self._ahead.values()),
+                "lent_bytes": self._pool.lent_bytes,
+                "idle_bytes": self._pool.idle_bytes,
+            }
+
+    def close(self) -> None:
+        """Deletes its tensors. May be called again, and after the store was closed."""
+        with self._lock:
+            if self._is_closed:
+                return
+            for index in list(self._ahead):
+                self._settle(index)
+            self._ahead.clear()
+            self._pool.close()
+            try:
+                self._store.delete_many([key for layer in self._layers for key in layer.keys])
+            except ClosedError:
+                pass  # the store is closed, and its space is nobody's to give back
+            self._is_closed = True
+
+    def __enter__(self) -> KVCache:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @contextmanager
+    def _opened(self) -> Iterator[None]:
+        with self._lock:
+            if self._is_closed:
+                raise ClosedError(f"KVCache {self.name} is closed: make a new one on the store")
+            yield
+
+
+def _count(name: str, value: Any, least: int = 1) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} has to be a whole number, not {value!r}") from None
+    if number < least:
+        raise ValueError(f"{name} has to be at least {least}, got {number}")
+    return number
+
+
+@dataclass(eq=False)
+class _Layer:
+    """One layer: index 0 of a pair is for its keys, 1 for its values."""
+
+    heads: int
+    dims: tuple[int, int]
+    dtype: str
+    batch: int
+    capacity: int
+    window: int | None
+    group: str = ""
+    keys: tuple[str, str] = ("", "")
+    tokens: int = 0
+    row_map: Array | None = None
+    """[tokens, batch]: the row of the batch that a sequence's token is stored in; None, and the
+    tokens after its last: each in its own row. Never changed in place: layers share it."""
+
+    def row_shape(self, which: int) -> tuple[int, int, int]:
+        return (self.batch, self.heads, self.dims[which])
+
+    def row_bytes(self, which: int) -> int:
+        return math.prod(self.row_shape(which)) * tensor.itemsize(self.dtype)
+
+    def first_token(self) -> int:
+        """The first that a fetch() wants."""
+        return 0 if self.window is None else max(0, self.tokens - self.window)
+
+    def with_batch(self, batch: int) -> _Layer:
+        """An empty layer for the same tokens of another batch."""
+        empty = (self.heads, self.dims, self.dtype, batch, self.capacity, self.window, self.group)
+        return _Layer(*empty)
+
+    def until(self, tokens: int) -> _Layer:
+        """The same layer as if it had only so many tokens."""
+        part = self.with_batch(self.batch)
+        part.keys, part.tokens, part.row_map = self.keys, tokens, self.row_map
+        return part
+
+
+class _Snapshot:
+    """The tokens [first, stop) of a layer in memory, or on their way there, in stored order.
+
+    Tokens appended to the layer later are copied in as well, so that it stays current.
+    """
+
+    ticket: Ticket
+
+    def __init__(self, pool: _BufferPool, layer: _Layer, first: int) -> None:
+        self.first = first
+        self.stop = layer.tokens
+        spans, capacity = self._plan(layer, first)
+        root = pool.lend(spans[-1])
+        self.nbytes = root.nbytes
+        of = tensor.numpy_dtype(layer.dtype)
+        self.memory = [
+            # As far into a block as the stored rows start: direct I/O then needs no copying.
+            np.ndarray(
+                (capacity, *layer.row_shape(which)),
+                of,
+                buffer=root,
+                offset=spans[which] + first * layer.row_bytes(which) % BLOCK_BYTES,
+            )
+            for which in (0, 1)
+        ]
+
+    @staticmethod
+    def _plan(layer: _Layer, first: int) -> tuple[tuple[int, int, int], int]:
+        """Where keys and values start and the latter end, and the tokens there is room for."""
+        capacity = layer.tokens - first + SPARE_TOKENS
+        spans = [0]
+        for which in (0, 1):
+            row_bytes = layer.row_bytes(which)
+            end = first * row_bytes % BLOCK_BYTES + capacity * row_bytes
+            spans.append(spans[-1] + -(-end // BLOCK_BYTES) * BLOCK_BYTES)
+        return (spans[0], spans[1], spans[2]), capacity
+
+    @classmethod
+    def size(cls, layer: _Layer, first: int) -> int:
+        """The bytes that one takes."""
+        return _BufferPool.lent_size(cls._plan(layer, first)[0][-1])
+
+    def serves(self, first: int, stop: int) -> bool:
+        return self.first <= first and self.stop == stop
+
+    def append(self, rows: list[Array], stop: int) -> bool:
+        """Takes in what was just appended; False if it can't be current any more."""
+        count = len(rows[0])
+        at = self.stop - self.first
+        if self.stop + count != stop or at + count > len(self.memory[0]):
+            return False
+        for memory, new in zip(self.memory, rows, strict=True):
+            memory[at : at + count] = new
+        self.stop = stop
+        return True
+
+    def truncate(self, tokens: int) -> bool:
+        """False if nothing of it is left. Not while it is being read."""
+        self.stop = min(self.stop, tokens)
+        return self.first < self.stop
+
+    def fails(self) -> bool:
+        """Waits until it is read; True if that went wrong."""
+        try:
+            self.ticket.result()
+        except (DualbladeError, OSError):
+            return True
+        return False
+
+    def take(self, first: int, layer: _Layer) -> tuple[Array, Array]:
+        """The tokens from `first` on as the caller is to see them: each sequence in its row."""
+        wanted = slice(first - self.first, self.stop - self.first)
+        keys, values = (memory[wanted] for memory in self.memory)
+        if layer.row_map is not None:
+            for memory in (keys, values):
+                _gather(memory, layer.row_map[first : self.stop])
+        return keys, values
+
+
+def _reordered(row_map: Array | None, tokens: int, order: Array) -> Array | None:
+    """The row map after the batch was reordered; None if each row is in its own place."""
+    result = np.empty((tokens, len(order)), np.int32)
+    mapped = 0 if row_map is None else len(row_map)
+    if row_map is not None:
+        np.take(row_map, order, axis=1, out=result[:mapped], mode="clip")
+    result[mapped:] = order
+    return None if (result == np.arange(len(order))).all() else result
+
+
+def _gather(memory: Array, row_map: Array) -> None:
+    """Puts the rows of the first tokens in the order of row_map [tokens, batch], in place."""
+    if len(row_map) == 0:
+        return
+    batch = memory.shape[1]
+    rows = np.ndarray((len(memory) * batch, memory[:1, 0].nbytes), np.uint8, buffer=memory)
+    step = max(1, GATHER_BYTES // (batch * rows.shape[1]))
+    for first in range(0, len(row_map), step):
+        part = row_map[first : first + step]
+        stored_in = (np.arange(len(part)) * batch)[:, None] + part
+        block = rows[first * batch : (first + len(part)) * batch]
+        block[:] = block.take(stored_in.ravel(), axis=0)
+
+
+class _BufferPool:
+    """Page-aligned memory that is lent out as arrays and comes back when their last view is gone.
+
+    Sizes are rounded up by at most an eighth, so that a cache which grows by a token a step finds
+    the same memory again, its pages already there. At most `idle_limit` bytes wait to be used, or
+    one buffer if that is larger: without it a step would need as much all the same.
+    """
+
+    def __init__(self, idle_limit: int) -> None:
+        self._idle_limit = idle_limit
+        self._idle: list[Buffer] = []  # the longest unused first
+        self._lent: dict[int, _Loan] = {}
+        # Reentrant: an array may die anywhere, also in this thread while it holds the lock.
+        self._lock = threading.RLock()
+        self._is_closed = False
+
+    @property
+    def idle_bytes(self) -> int:
+        return sum(map(len, self._idle.copy()))
+
+    @property
+    def lent_bytes(self) -> int:
+        return sum(len(loan.buffer) for loan in self._lent.copy().values())
+
+    @staticmethod
+    def lent_size(size: int) -> int:
+        """What a request for so many bytes is rounded up to."""
+        step = max(BLOCK_BYTES, 1 << max(0, size.bit_length() - 4))
+        return -(-size // step) * step
+
+    def lend(self, size: int) -> Array:
+        """An array of bytes, at least so many. Raises MemoryError."""
+        length = self.lent_size(size)
+        buffer = self._take_idle(length) or Buffer(length)
+        # Every view that is ever made of this array refers to it: numpy goes no further back than
+        # to the array whose memory belongs to something else.
+        root = np.frombuffer(buffer, np.uint8)
+        loan = _Loan(root, self._take_back)
+        loan.buffer = buffer
+        self._lent[id(loan)] = loan
+        return root
+
+    def _take_idle(self, length: int) -> Buffer | None:
+        with self._lock:
+            for buffer in reversed(self._idle.copy()):
+                if len(buffer) == length:
+                    try:
+                        self._idle.remove(buffer)
+                    except ValueError:
+                        continue  # an array died just now, and made this one too many
+                    return buffer
+            return None
+
+    def _take_back(self, loan: _Loan) -> None:
+        with self._lock:
+            del self._lent[id(loan)]
+            if self._is_closed:
+                return
+            self._idle.append(loan.buffer)
+            while len(self._idle) > 1 and self.idle_bytes > self._idle_limit:
+                self._idle.pop(0)
+
+    def close(self) -> None:
+        """Lets go of what is idle; what is lent goes when it comes back."""
+        with self._lock:
+            self._is_closed = True
+            self._idle.clear()
+
+
+class _Loan(weakref.ref):  # type: ignore[type-arg]
+    """Says when the array is gone, and which buffer it used."""
+
+    __slots__ = ("buffer",)
+    buffer: Buffer

@@ -1,0 +1,53 @@
+"""The two ways to the same extents: through the page cache, or past it.
+
+A path is a property of the access, not of the place. Both paths reach every extent of the device;
+what distinguishes them is who keeps the bytes afterwards. A tensor changes path without moving:
+what the page cache holds of it is written back and dropped, and the next access is direct.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from dualblade._core import Completion, Device
+
+Request = tuple[int, Any]
+"""(offset on the device in bytes, a contiguous buffer of bytes)."""
+
+
+class DirectPath:
+    """Past the page cache: O_DIRECT, in the order and at the depth that the queue decides."""
+
+    name = "direct"
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+
+    def read(self, requests: Sequence[Request], checksums: Sequence[Any] | None) -> Completion:
+        """Starts reading into the requests' buffers; the completion compares the checksums."""
+        return self._device.read(requests, path=self.name, checksums=checksums)
+
+    def write(self, requests: Sequence[Request], checksums: Sequence[Any] | None) -> Completion:
+        """Starts writing the requests' buffers; fills the checksum arrays in before it returns
+        or while the completion is waited for."""
+        return self._device.write(requests, path=self.name, checksums=checksums)
+
+    def enter(self, offset: int, length: int) -> None:
+        """Called before an extent's first access on this path after it was on the other."""
+        self._device.drop_cached(offset, length)
+
+
+class PageCachePath(DirectPath):
+    """Through the page cache: buffered I/O, kept by the kernel while memory is free.
+
+    Entering it drops what is cached too: readahead for a neighbouring extent may have brought in
+    pages that direct writes then went past.
+    """
+
+    name = "pagecache"
+
+
+def open_paths(device: Device) -> dict[str, DirectPath]:
+    """Both paths of a device, by name."""
+    return {path.name: path(device) for path in (DirectPath, PageCachePath)}

@@ -1,0 +1,87 @@
+"""Which path each group of tensors takes.
+
+A group is what is read together, such as a layer's keys and values. It is bound to a path when its
+first tensor is stored; the groups that fit into the memory budget are page-cached, in the order of
+their arrival, and the rest is direct: of data that is scanned from end to end again and again, what
+is cached must not be displaced by what is not, or nothing is ever found in memory (the first-fit
+binding of arXiv 2604.26557, Algorithm 1).
+
+Here is the bookkeeping alone: the store moves groups, and holds its lock around every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+PathName = Literal["direct", "pagecache"]
+Policy = Literal["dual", "direct", "pagecache"]
+POLICIES: tuple[Policy, ...] = ("dual", "direct", "pagecache")
+
+
+@dataclass
+class Group:
+    """What is bound together: its path, its bytes of device space, and how many tensors it has."""
+
+    path: PathName
+    size_bytes: int = 0
+    tensors: int = 0
+
+
+class Residency:
+    """Binds groups to paths so that the page-cached ones never exceed `budget_bytes`.
+
+    With policy "pagecache" everything is page-cached, and with "direct" nothing is, whatever the
+    budget.
+    """
+
+    def __init__(self, policy: Policy, budget_bytes: int) -> None:
+        self.policy = policy
+        self.budget_bytes = budget_bytes
+        self.pagecache_bytes = 0
+        self.groups: dict[str, Group] = {}
+
+    def path_of(self, group: str) -> PathName:
+        """The path that a bound group takes."""
+        return self.groups[group].path
+
+    def fits(self, size_bytes: int) -> bool:
+        """Whether so many more bytes may be page-cached."""
+        if self.policy == "pagecache":
+            return True
+        return self.pagecache_bytes + size_bytes <= self.budget_bytes
+
+    def add(self, group: str, sizes_bytes: Sequence[int]) -> PathName:
+        """Accounts tensors to a group, which is bound if it is new; its path.
+
+        A group stays on its path as it grows: ask `fits` first and move it if it does not.
+        """
+        total_bytes = sum(sizes_bytes)
+        bound = self.groups.get(group)
+        if bound is None:
+            cached = self.policy != "direct" and self.fits(total_bytes)
+            bound = self.groups[group] = Group("pagecache" if cached else "direct")
+        bound.size_bytes += total_bytes
+        bound.tensors += len(sizes_bytes)
+        if bound.path == "pagecache":
+            self.pagecache_bytes += total_bytes
+        return bound.path
+
+    def remove(self, group: str, size_bytes: int) -> None:
+        """Takes one tensor off a group; without any, the group is forgotten."""
+        bound = self.groups[group]
+        bound.size_bytes -= size_bytes
+        bound.tensors -= 1
+        if bound.path == "pagecache":
+            self.pagecache_bytes -= size_bytes
+        if bound.tensors == 0:
+            del self.groups[group]
+
+    def move(self, group: str, path: PathName) -> None:
+        """Rebinds a group, after the store has seen to its pages."""
+        bound = self.groups[group]
+        if bound.path == path:
+            return
+        self.pagecache_bytes += bound.size_bytes if path == "pagecache" else -bound.size_bytes
+        bound.path = path

@@ -1,0 +1,742 @@
+"""TensorStore: tensors by key, each in one contiguous extent of one device.
+
+How threads keep out of each other's way is in access.py, what is known of a tensor in entry.py and
+index.py; here is what is done with them.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dualblade import _core, tensor
+from dualblade.access import EntryAccess, rows_of
+from dualblade.catalog import Catalog
+from dualblade.entry import Entry, ReadPlan, TensorInfo, plan_read, round_up
+from dualblade.errors import CorruptionError, DeviceError, KeyNotFoundError
+from dualblade.index import Index, Spec
+from dualblade.memory import format_size
+from dualblade.paths import open_paths
+from dualblade.residency import PathName, Residency
+from dualblade.ticket import Ticket
+
+COPY_BYTES = 4 << 20
+"""How much of a tensor is in memory at a time while it moves to another extent."""
+
+
+class TensorStore(EntryAccess):
+    """Tensors on one file or block device. Made by `dualblade.open`; safe for many threads.
+
+    Every method raises ClosedError after `close()`, KeyNotFoundError for an unknown key, and
+    DeviceError with device, operation, offset and length when the device fails.
+    """
+
+    def __init__(
+        self,
+        device: _core.Device,
+        index: Index,
+        catalog: Catalog,
+        residency: Residency,
+        *,
+        verify: str,
+        fallbacks: Sequence[str] = (),
+    ) -> None:
+        super().__init__(index, catalog, residency)
+        self._device = device
+        self._paths = open_paths(device)
+        self._verify = verify
+        self._fallbacks = tuple(fallbacks)
+        self._corruptions = 0
+
+    # ---- what callers store and read --------------------------------------------------------
+
+    def put(self, key: str, array: Any, *, group: str | None = None) -> None:
+        """Stores a copy of an array under a key, in place of what was there.
+
+        `array` is a numpy array of any dtype but object, a torch CPU tensor, or anything with the
+        buffer protocol or DLPack. Tensors of one `group` (by default the key) share a path. Raises
+        NoSpaceError, TypeError, ValueError; then the key is as it was before.
+        """
+        self._start_put({key: array}, group).result()
+
+    def put_many(self, arrays: Mapping[str, Any], *, group: str | None = None) -> None:
+        """Stores many arrays at once: all of them, or after an error none."""
+        self._start_put(arrays, group).result()
+
+    def put_async(self, key: str, array: Any, *, group: str | None = None) -> Ticket:
+        """Starts a put. The array's memory must stay as it is until the ticket is done."""
+        return self._start_put({key: array}, group)
+
+    def get(self, key: str, out: Any = None) -> Any:
+        """The array stored under a key: a new numpy array, or `out` with its content replaced.
+
+        bfloat16 and float8 come as arrays of ml_dtypes' dtypes. `out` is a numpy array, torch CPU
+        tensor or buffer of the same shape and dtype, writable and contiguous.
+        """
+        return self._start_get([(key, None, None, out)]).result()[0]
+
+    def get_many(self, keys: Iterable[str], out: Any = None) -> dict[str, Any]:
+        """Many arrays at once, by key. `out`: a mapping from key, or a sequence beside `keys`."""
+        keys = list(keys)
+        if out is None:
+            outs = [None] * len(keys)
+        elif isinstance(out, Mapping):
+            outs = [out.get(key) for key in keys]
+        else:
+            outs = list(out)
+            if len(outs) != len(keys):
+                raise ValueError(f"out has {len(outs)} arrays for {len(keys)} keys")
+        wanted = [(key, None, None, array) for key, array in zip(keys, outs, strict=True)]
+        return dict(zip(keys, self._start_get(wanted).result(), strict=True))
+
+    def get_async(self, key: str, out: Any = None) -> Ticket:
+        """Starts a get; the ticket's result is the array."""
+        return self._start_get([(key, None, None, out)], lambda arrays: arrays[0])
+
+    def reserve(
+        self, key: str, shape: Sequence[int], dtype: Any, *, group: str | None = None
+    ) -> None:
+        """Makes room for a tensor that grows by `append` along its first axis up to `shape`."""
+        self.reserve_many({key: (shape, dtype)}, group=group)
+
+    def reserve_many(
+        self, tensors: Mapping[str, tuple[Sequence[int], Any]], *, group: str | None = None
+    ) -> None:
+        """Reserves several tensors, `{key: (shape, dtype)}`, side by side in one run."""
+        specs = [_reservation(key, shape, dtype) for key, (shape, dtype) in tensors.items()]
+        with self._operation(tensors):
+            taken = [key for key, *_ in specs if key in self._index]
+            if taken:
+                raise ValueError(
+                    f"{taken[0]!r} is stored already: delete it before it is reserved anew"
+                )
+            self._index.mark_dirty(self._catalog)
+            groups = [group or key for key, *_ in specs]
+            for entry in self._index.create(specs, groups, self._residency, one_run=True):
+                self._index.publish(entry, self._residency)
+
+    def append(self, key: str, rows: Any) -> None:
+        """Appends rows, `[n, *shape[1:]]`, to a reserved tensor. ValueError when it is full."""
+        self.append_many({key: rows})
+
+    def append_many(self, rows: Mapping[str, Any]) -> None:
+        """Appends to several tensors at once: to all of them, or after an error to none."""
+        with self._appending(rows) as entries:
+            self._append(entries, rows_of(entries, rows))
+
+    def read(self, key: str, start: int, stop: int, out: Any = None) -> Any:
+        """The rows [start, stop) of a tensor, as numpy slices count them."""
+        return self._start_get([(key, start, stop, out)]).result()[0]
+
+    def read_async(self, key: str, start: int, stop: int, out: Any = None) -> Ticket:
+        """Starts a read; the ticket's result is the array."""
+        return self._start_get([(key, start, stop, out)], lambda arrays: arrays[0])
+
+    def read_many_async(self, reads: Iterable[tuple[str, int, int, Any]]) -> Ticket:
+        """Starts several reads, `(key, start, stop, out)`; the result is the list of arrays."""
+        return self._start_get(list(reads))
+
+    def truncate(self, key: str, rows: int) -> None:
+        """Keeps the first `rows` rows; the room stays reserved."""
+        self.truncate_many({key: rows})
+
+    def truncate_many(self, rows: Mapping[str, int]) -> None:
+        """Keeps the first rows of several tensors: of all, or after an error of none."""
+        with self._exclusive(rows) as entries:
+            cuts = []
+            for entry in entries:
+                count = _row_count(rows[entry.key])
+                if count > entry.rows:
+                    raise ValueError(
+                        f"{entry.key!r} has {entry.rows} rows: it can't keep {count}"
+                    )
+                cuts.append((entry, count, *self._cut(entry, count * entry.row_bytes)))
+            with self._lock:
+                self._index.mark_dirty(self._catalog)
+                for entry, count, stored, held, checksum in cuts:
+                    entry.rows = count
+                    self._set_end(entry, stored, held, checksum)
+
+    def resize(self, key: str, rows: int) -> None:
+        """Changes how many rows there is room for, by moving the tensor to another extent."""
+        self.resize_many({key: rows})
+
+    def resize_many(self, rows: Mapping[str, int]) -> None:
+        """Resizes several tensors into one new run. After an error all are as they were."""
+        with self._exclusive(rows) as entries:
+            if not entries:
+                return
+            specs = []
+            for entry in entries:
+                count = _row_count(rows[entry.key])
+                if not entry.capacity or count < entry.rows:
+                    raise ValueError(
+                        f"{entry.key!r} has {entry.rows} rows: it can't be resized to {count}"
+                    )
+                specs.append((entry.key, (count, *entry.capacity[1:]), entry.dtype, 0))
+            self._move(entries, specs)
+
+    def delete(self, key: str) -> None:
+        """Forgets a tensor and frees its room."""
+        self.delete_many([key])
+
+    def delete_many(self, keys: Iterable[str]) -> None:
+        """Forgets several tensors: all of them, or if one is unknown none."""
+        keys = list(dict.fromkeys(keys))
+        with self._operation(keys):
+            entries = self._wait_for(keys, lambda entry: entry.is_exclusive)
+            self._index.mark_dirty(self._catalog)
+            for entry in entries:
+                self._index.remove(entry, self._residency)
+
+    def __contains__(self, key: object) -> bool:
+        with self._settled([key] if isinstance(key, str) else []):
+            return key in self._index
+
+    def __len__(self) -> int:
+        return len(self.keys())
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """The keys that start with `prefix`, in the order in which they were first stored."""
+        self._settle_tickets()
+        with self._lock:
+            self._check_open()
+            return [key for key in self._index.entries if key.startswith(prefix)]
+
+    def info(self, key: str) -> TensorInfo:
+        """Shape, dtype, place and path of a tensor."""
+        with self._settled([key]):
+            entry = self._index.find(key)
+            return entry.info(self._residency.path_of(entry.group))
+
+    # ---- the store as a whole ---------------------------------------------------------------
+
+    @property
+    def memory_budget(self) -> int:
+        """Bytes that page-cached tensors may take."""
+        return self._residency.budget_bytes
+
+    @property
+    def closed(self) -> bool:
+        return self._state != "open"
+
+    def set_path(self, group: str, path: PathName) -> None:
+        """Moves a group to another path, while others read and write what they like.
+
+        No data moves: what the page cache holds is written back and dropped, and from then on the
+        same blocks are reached the other way. ValueError if the group would not fit into the
+        memory budget, KeyNotFoundError if there is no such group.
+        """
+        if path not in self._paths:
+            raise ValueError(f"path={path!r} is unknown: take 'direct' or 'pagecache'")
+        self._settle_tickets()
+        with self._lock:
+            self._check_open()
+            keys = [entry.key for entry in self._index.of_group(group)]
+            if not keys:
+                raise KeyNotFoundError(f"there is no group {group!r}")
+        with self._exclusive(keys) as entries:
+            if self._residency.path_of(group) == path:
+                return
+            size_bytes = self._residency.groups[group].size_bytes
+            if path == "pagecache" and not self._residency.fits(size_bytes):
+                raise ValueError(
+                    f"group {group!r} has {format_size(size_bytes)}, and of the memory "
+                    f"budget of {format_size(self._residency.budget_bytes)} page-cached tensors "
+                    f"already take {format_size(self._residency.pagecache_bytes)}"
+                )
+            for entry in entries:
+                if entry.extent_bytes:
+                    self._paths[path].enter(entry.offset, entry.extent_bytes)
+            with self._lock:
+                self._residency.move(group, path)
+
+    def flush(self) -> None:
+        """Finishes what is under way, writes everything out and saves the index."""
+        self._settle_tickets()
+        with self._operation([]):
+            version = self._index.version
+            changed, deleted = self._index.take_changes()
+        try:
+            records = [record for key in changed if (record := self._persist(key)) is not None]
+            self._device.flush()
+            with self._lock:
+                is_clean = version == self._index.version
+                self._catalog.commit(records, deleted, clean=is_clean)
+                self._index.is_clean = is_clean
+        except BaseException:
+            with self._lock:
+                self._index.restore_changes(changed, deleted)
+            raise
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and sizes, in bytes where the name says so."""
+        with self._lock:
+            self._check_open()
+            extents = self._index.extents
+            info = self._device.info
+            return {
+                "target": info.target,
+                "engine": info.engine,
+                "pagecache_engine": info.pagecache_engine,
+                "direct": info.direct,
+                "fallbacks": list(self._fallbacks),
+                "policy": self._residency.policy,
+                "verify": self._verify,
+                "tensors": len(self._index),
+                "operations_active": self._active,
+                "corruptions": self._corruptions,
+                "total_bytes": extents.total_bytes,
+                "free_bytes": extents.free_bytes,
+                "largest_free_bytes": extents.largest_free_bytes,
+                "free_extents": extents.free_extents,
+                "fragmentation": extents.fragmentation,
+                "memory_budget_bytes": self._residency.budget_bytes,
+                "pagecache_bytes": self._residency.pagecache_bytes,
+                "groups": {
+                    name: {"path": group.path, "size_bytes": group.size_bytes}
+                    for name, group in self._residency.groups.items()
+                },
+                "paths": self._device.stats(),
+            }
+
+    def check(self) -> list[str]:
+        """Reads every tensor against its checksums and the extents against the index.
+
+        What is wrong, a sentence each; an empty list when nothing is.
+        """
+        problems = []
+        for key in self.keys():
+            try:
+                self._check_tensor(key)
+            except KeyNotFoundError:
+                continue  # deleted meanwhile
+            except (CorruptionError, DeviceError) as error:
+                problems.append(str(error))
+        with self._lock:
+            self._check_open()
+            problems += self._index.check()
+        return problems
+
+    def close(self) -> None:
+        """Waits for what is under way, saves the index and lets the device go. Idempotent."""
+        with self._lock:
+            if self._state != "open":
+                while self._state in ("closing", "flushing"):
+                    self._changed.wait()
+                return
+            self._state = "closing"
+            self._closer = threading.get_ident()
+        problem: BaseException | None = None
+        try:
+            self._wait_until_idle()
+            self._state = "flushing"
+            self.flush()
+        except BaseException as error:
+            problem = error
+        try:
+            self._catalog.close()
+            self._index.forget()
+            self._device.close()
+        finally:
+            with self._lock:
+                self._state = "closed"
+                self._changed.notify_all()
+        if problem is not None:
+            raise problem
+
+    def _wait_until_idle(self) -> None:
+        while True:
+            self._settle_tickets()
+            with self._lock:
+                if not self._active:
+                    return
+                if not self._tickets:
+                    self._changed.wait()
+
+    def __enter__(self) -> TensorStore:
+        self._check_open()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_state", "closed") == "open" and not self._device.closed:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<dualblade.TensorStore {self._device.info.target!r} {self._state}>"
+
+    # ---- writing ----------------------------------------------------------------------------
+
+    def _start_put(self, arrays: Mapping[str, Any], group: str | None) -> Ticket:
+        tensors = {_check_key(key): tensor.describe(array) for key, array in arrays.items()}
+        self._make_room(tensors, group)
+        with self._starting(tensors):
+            specs = [
+                (key, t.shape, t.dtype, t.shape[0] if t.shape else 1) for key, t in tensors.items()
+            ]
+            groups = [self._group_of(key, group) for key in tensors]
+            self._index.mark_dirty(self._catalog)
+            entries = self._index.create(specs, groups, self._residency, one_run=False)
+        writes = []
+        for entry, t in zip(entries, tensors.values(), strict=True):
+            entry.stored = len(t.data)
+            if entry.stored:
+                writes.append((entry, (entry.offset, t.data), entry.record_checksums))
+        completions: list[_core.Completion] = []
+        try:
+            self._submit("write", writes, completions)
+        except BaseException:
+            _drain(completions)
+            with self._lock:
+                for entry in entries:
+                    self._index.discard(entry, self._residency)
+                self._leave()
+            raise
+
+        def finish(error: BaseException | None) -> None:
+            with self._lock:
+                for entry in entries:
+                    if error is None:
+                        self._index.publish(entry, self._residency)
+                    else:
+                        self._index.discard(entry, self._residency)
+                self._unregister(ticket, tensors)
+            if error is not None:
+                raise error
+
+        ticket = Ticket(completions, finish)
+        self._register(ticket, tensors)
+        return ticket
+
+    def _group_of(self, key: str, group: str | None) -> str:
+        if group is not None:
+            return group
+        entry = self._index.entries.get(key)
+        return key if entry is None else entry.group
+
+    def _make_room(self, tensors: Mapping[str, tensor.Tensor], group: str | None) -> None:
+        """A page-cached group that outgrows the memory budget goes direct before it grows."""
+        growth: dict[str, int] = {}
+        with self._lock:
+            for key, t in tensors.items():
+                name = self._group_of(key, group)
+                old = self._index.entries.get(key)
+                freed = old.extent_bytes if old is not None and old.group == name else 0
+                growth[name] = (
+                    growth.get(name, 0) + round_up(len(t.data), _core.BLOCK_BYTES) - freed
+                )
+            crowded = [
+                name
+                for name, size_bytes in growth.items()
+                if name in self._residency.groups
+                and self._residency.path_of(name) == "pagecache"
+                and not self._residency.fits(size_bytes)
+            ]
+        for name in crowded:
+            self.set_path(name, "direct")
+
+    def _append(self, entries: list[Entry], parts: list[tensor.Tensor]) -> None:
+        with self._lock:
+            self._index.mark_dirty(self._catalog)
+        writes, tail_writes = [], []
+        try:
+            for entry, part in zip(entries, parts, strict=True):
+                tail_write = self._tail_of(entry).append(part.data)
+                tail_writes.append(tail_write)
+                for offset, data in tail_write.requests:
+                    writes.append((entry, (entry.offset + offset, data), None))
+            self._transfer("write", writes)
+        except BaseException:
+            # What is stored was not touched; where to go on is found again by the next append.
+            for entry in entries:
+                entry.tail = None
+            raise
+        with self._lock:
+            for entry, part, tail_write in zip(entries, parts, tail_writes, strict=True):
+                first, count = tail_write.first_chunk, len(tail_write.digests)
+                entry.checksums[first : first + count] = tail_write.digests
+                tail = self._tail_of(entry)
+                entry.stored = tail.stored
+                entry.held = bytes(tail.block()[: tail.held])
+                entry.rows += part.shape[0]
+                self._index.changed(entry)
+
+    def _tail_of(self, entry: Entry) -> _core.Tail:
+        """Where appends to an entry go on, found again if need be by reading its last chunk."""
+        if entry.tail is not None:
+            return entry.tail
+        if entry.stored % _core.BLOCK_BYTES:
+            end = self._cut(entry, entry.nbytes)
+            with self._lock:
+                self._set_end(entry, *end)
+        begun = entry.stored % entry.chunk_bytes
+        tail = _core.Tail(entry.chunk_bytes)
+        tail.reset(entry.stored, self._read_bytes(entry, entry.stored - begun, entry.stored))
+        tail.append(entry.held)
+        entry.tail = tail
+        return tail
+
+    def _submit(
+        self,
+        direction: str,
+        transfers: Iterable[tuple[Entry, tuple[int, Any], Any]],
+        completions: list[_core.Completion],
+    ) -> None:
+        """Starts transfers, one batch for each path; adds to `completions` as they are started."""
+        batches: dict[str, tuple[list[Any], list[Any]]] = {}
+        for entry, request, checksums in transfers:
+            batch = batches.setdefault(self._residency.path_of(entry.group), ([], []))
+            batch[0].append(request)
+            batch[1].append(checksums)
+        for name, (requests, checksums) in batches.items():
+            path = self._paths[name]
+            start = path.read if direction == "read" else path.write
+            completions.append(start(requests, checksums))
+
+    # ---- reading ----------------------------------------------------------------------------
+
+    def _start_get(
+        self,
+        wanted: Sequence[tuple[str, int | None, int | None, Any]],
+        shape_result: Callable[[list[Any]], Any] = lambda arrays: arrays,
+    ) -> Ticket:
+        keys = [key for key, *_ in wanted]
+        with self._starting(keys):
+            entries = self._wait_for(keys, lambda entry: entry.is_exclusive)
+            arrays, plans = [], []
+            for entry, (_, start, stop, out) in zip(entries, wanted, strict=True):
+                array, plan = self._prepare_read(entry, start, stop, out)
+                arrays.append(array)
+                plans.append(plan)
+            for entry in entries:
+                entry.users += 1
+        completions: list[_core.Completion] = []
+        try:
+            reads = [
+                (entry, request, checksums)
+                for entry, plan in zip(entries, plans, strict=True)
+                for request, checksums in zip(plan.requests, plan.checksums, strict=True)
+            ]
+            self._submit("read", reads, completions)
+        except BaseException:
+            _drain(completions)
+            self._release(entries)
+            self._leave()
+            raise
+
+        def finish(error: BaseException | None) -> Any:
+            try:
+                if error is not None:
+                    raise self._explain(error, entries) from error
+                for plan in plans:
+                    for copy in plan.finish:
+                        copy()
+                return shape_result(arrays)
+            finally:
+                self._release(entries)
+                self._unregister(ticket)
+
+        ticket = Ticket(completions, finish)
+        self._register(ticket)
+        return ticket
+
+    def _prepare_read(
+        self, entry: Entry, start: int | None, stop: int | None, out: Any
+    ) -> tuple[Any, ReadPlan]:
+        shape = entry.shape
+        first, last = 0, entry.rows
+        if start is not None or stop is not None:
+            if not shape:
+                raise ValueError(f"{entry.key!r} has no axis to read rows of: use get()")
+            first, last, _ = slice(start, stop).indices(entry.rows)
+            last = max(first, last)
+            shape = (last - first, *shape[1:])
+        begin, end = first * entry.row_bytes, last * entry.row_bytes
+        if out is None:
+            memory = _core.aligned_empty(end - begin, np.uint8)
+            out = tensor.from_bytes(memory, shape, entry.dtype)
+            view = memoryview(memory)
+        else:
+            view, _ = tensor.writable_bytes(out, shape, entry.dtype)
+        return out, plan_read(entry, begin, end, view, self._verify == "always")
+
+    def _read_bytes(
+        self, entry: Entry, start: int, stop: int, *, verify: bool | None = None
+    ) -> np.ndarray[Any, Any]:
+        """Bytes on the device of an entry that the caller holds."""
+        if verify is None:
+            verify = self._verify != "never"
+        memory = _core.aligned_empty(stop - start, np.uint8)
+        plan = plan_read(entry, start, stop, memoryview(memory), verify)
+        reads = zip(plan.requests, plan.checksums, strict=True)
+        try:
+            self._transfer("read", [(entry, *read) for read in reads])
+        except CorruptionError as error:
+            raise self._explain(error, [entry]) from error
+        for copy in plan.finish:
+            copy()
+        return memory
+
+    def _transfer(
+        self, direction: str, transfers: Iterable[tuple[Entry, tuple[int, Any], Any]]
+    ) -> None:
+        """Starts transfers and waits for them. After an error none is under way."""
+        completions: list[_core.Completion] = []
+        try:
+            self._submit(direction, transfers, completions)
+            for completion in completions:
+                completion.wait()
+        except BaseException:
+            _drain(completions)
+            raise
+
+    def _explain(self, error: BaseException, entries: Sequence[Entry]) -> BaseException:
+        """The same error, with the key of the tensor that it is about where it is corrupt."""
+        if not isinstance(error, CorruptionError):
+            return error
+        self._corruptions += 1
+        offset = getattr(error, "offset", None)
+        for entry in entries:
+            if offset is not None and 0 <= offset - entry.offset < entry.extent_bytes:
+                return CorruptionError(
+                    f"tensor {entry.key!r} is corrupt: {error}. Nothing was returned; "
+                    f"delete it or put it again"
+                )
+        return error
+
+    def _check_tensor(self, key: str) -> None:
+        with self._shared(key) as entry:
+            for start in range(0, entry.stored, COPY_BYTES):
+                self._read_bytes(entry, start, min(start + COPY_BYTES, entry.stored), verify=True)
+
+    # ---- moving the end of a tensor, and the tensor -------------------------------------------
+
+    def _cut(self, entry: Entry, nbytes: int) -> tuple[int, bytes, int | None]:
+        """(stored, held, checksum of the last chunk) of an entry that keeps `nbytes` bytes."""
+        if nbytes >= entry.stored and entry.stored % _core.BLOCK_BYTES == 0:
+            return entry.stored, entry.held[: nbytes - entry.stored], None
+        stored = nbytes // _core.BLOCK_BYTES * _core.BLOCK_BYTES
+        first = stored // entry.chunk_bytes * entry.chunk_bytes
+        chunk = self._read_bytes(entry, first, min(first + entry.chunk_bytes, entry.stored))
+        checksum = _core.checksum(chunk[: stored - first]) if stored > first else None
+        return stored, bytes(chunk[stored - first : nbytes - first]), checksum
+
+    def _set_end(self, entry: Entry, stored: int, held: bytes, checksum: int | None) -> None:
+        entry.stored, entry.held, entry.tail = stored, held, None
+        if checksum is not None:
+            entry.checksums[(stored - 1) // entry.chunk_bytes] = checksum
+        self._index.changed(entry)
+
+    def _move(self, entries: list[Entry], specs: list[Any]) -> None:
+        """Copies entries that the caller has for itself into the extents of new ones."""
+        grown = sum(
+            math.prod(shape) * tensor.itemsize(dtype) for _, shape, dtype, _ in specs
+        ) - sum(entry.extent_bytes for entry in entries)
+        group = entries[0].group
+        with self._lock:
+            crowded = self._residency.path_of(group) == "pagecache" and not self._residency.fits(
+                grown
+            )
+        if crowded:
+            self._go_direct(group)
+        with self._lock:
+            self._index.mark_dirty(self._catalog)
+            copies = self._index.create(
+                specs, [entry.group for entry in entries], self._residency, one_run=True
+            )
+        try:
+            for entry, copy in zip(entries, copies, strict=True):
+                self._copy(entry, copy)
+        except BaseException:
+            with self._lock:
+                for copy in copies:
+                    self._index.discard(copy, self._residency)
+            raise
+        with self._lock:
+            for entry, copy in zip(entries, copies, strict=True):
+                if entry.is_dead:  # another thread has put something else in its place
+                    self._index.discard(copy, self._residency)
+                else:
+                    self._index.publish(copy, self._residency)
+
+    def _go_direct(self, group: str) -> None:
+        """set_path for a caller that has all entries of the group for itself."""
+        for entry in self._index.of_group(group):
+            if entry.extent_bytes:
+                self._paths["direct"].enter(entry.offset, entry.extent_bytes)
+        with self._lock:
+            self._residency.move(group, "direct")
+
+    def _copy(self, entry: Entry, copy: Entry) -> None:
+        stored, held, checksum = self._cut(entry, entry.nbytes)
+        for start in range(0, stored, COPY_BYTES):
+            stop = min(start + COPY_BYTES, stored)
+            data = self._read_bytes(entry, start, stop)
+            chunks = slice(start // copy.chunk_bytes, -(-stop // copy.chunk_bytes))
+            write = (copy, (copy.offset + start, data), copy.checksums[chunks])
+            self._transfer("write", [write])
+        copy.rows, copy.stored, copy.held = entry.rows, stored, held
+        if checksum is not None:
+            copy.checksums[(stored - 1) // copy.chunk_bytes] = checksum
+
+    def _persist(self, key: str) -> Any:
+        """Writes what is held back of a tensor; its record, or None if it is gone."""
+        try:
+            with self._appending([key]) as (entry,):
+                last_checksum = None
+                if entry.held:
+                    tail = self._tail_of(entry)
+                    write = (entry, (entry.offset + entry.stored, bytes(tail.block())), None)
+                    self._transfer("write", [write])
+                    last_checksum = tail.digest
+                with self._lock:
+                    return self._index.record(entry, self._residency, last_checksum)
+        except KeyNotFoundError:
+            return None
+
+
+def _drain(completions: Iterable[_core.Completion]) -> None:
+    """Waits, whatever happens: what is in flight still uses extents that are about to be freed."""
+    for completion in completions:
+        while not completion.done():
+            try:
+                completion.wait()
+            except BaseException:
+                continue  # its error, or an interrupt: the caller is raising one already
+
+
+def _check_key(key: Any) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"a key is a str, not {type(key).__name__}")
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the key {key!r} is not valid Unicode") from None
+    return key
+
+
+def _row_count(rows: Any) -> int:
+    count = operator.index(rows)
+    if count < 0:
+        raise ValueError(f"rows={count}: a number of rows can't be negative")
+    return count
+
+
+def _reservation(key: Any, shape: Sequence[int], dtype: Any) -> Spec:
+    dimensions = tuple(operator.index(length) for length in shape)
+    if not dimensions or min(dimensions) < 0:
+        raise ValueError(
+            f"shape={shape!r} of {key!r}: a reserved tensor has at least one axis, along which it "
+            f"grows, and no negative length"
+        )
+    return _check_key(key), dimensions, tensor.dtype_tag(dtype), 0

@@ -1,0 +1,78 @@
+"""The handle of an operation that was started and not yet waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
+
+from dualblade._core import Completion
+
+
+class Ticket:
+    """What `put_async` and `get_async` return. Wait with `result()`, or `await` it.
+
+    The operation goes on whether or not anybody waits; the store finishes what nobody waited for
+    when its result is needed: when the same key is used again, at `flush()` and at `close()`.
+    """
+
+    def __init__(
+        self,
+        completions: Sequence[Completion],
+        finish: Callable[[BaseException | None], Any],
+    ) -> None:
+        self._completions = completions
+        self._finish = finish
+        self._lock = threading.Lock()
+        self._is_settled = False
+        self._value: Any = None
+        self._error: BaseException | None = None
+
+    def result(self, timeout: float | None = None) -> Any:
+        """What the operation returns. Raises what went wrong, or TimeoutError after `timeout`
+        seconds, and then the operation is still under way."""
+        self.settle(timeout)
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def done(self) -> bool:
+        """Whether `result()` would return at once."""
+        return self._is_settled or all(completion.done() for completion in self._completions)
+
+    def settle(self, timeout: float | None = None) -> None:
+        """Waits and finishes, but keeps an error for `result()`. Raises TimeoutError."""
+        if self._is_settled:
+            return
+        deadline = None if timeout is None else time.monotonic() + timeout
+        error: BaseException | None = None
+        for completion in self._completions:
+            try:
+                completion.wait(
+                    None if deadline is None else max(0.0, deadline - time.monotonic())
+                )
+            except Exception as problem:
+                if not completion.done():
+                    raise  # TimeoutError: not the operation's, ours
+                error = error or problem
+        with self._lock:
+            if self._is_settled:
+                return
+            try:
+                self._value = self._finish(error)
+                self._error = error
+            except Exception as problem:
+                self._error = error or problem
+            self._is_settled = True
+            self._completions = ()
+            self._finish = _nothing
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        # The wait is in C without the GIL: a thread of the loop's executor costs only itself.
+        return asyncio.get_running_loop().run_in_executor(None, self.result).__await__()
+
+
+def _nothing(error: BaseException | None) -> None:
+    del error

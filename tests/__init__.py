@@ -1,0 +1,1 @@
+"""The test suite, and the devices that it runs on."""

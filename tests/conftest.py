@@ -1,0 +1,171 @@
+"""Fixtures that every test can ask for, the leak check, and the engine x device summary."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import os
+from collections import Counter, defaultdict
+from typing import TYPE_CHECKING
+
+import hypothesis
+import pytest
+
+from tests.devices import LoopDevice, MemoryCgroup, Target, Unavailable, make_target
+from tests.faultdev import FaultDevice, unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+ENGINES = ("uring", "aio", "threads")
+TARGETS = ("file", "loop512", "loop4096")
+TARGET_BYTES = 64 << 20  # sparse
+
+# HYPOTHESIS_PROFILE=thorough looks for longer. Seeds are random and printed on failure.
+hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, max_examples=50)
+hypothesis.settings.register_profile("thorough", deadline=None, print_blob=True, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(autouse=True)
+def leak_check() -> Iterator[None]:
+    """After each test the C core holds no more devices, requests or buffers than before it."""
+    from dualblade import _core
+
+    def counters() -> dict[str, int]:
+        if any(_core.counters().values()):
+            gc.collect()  # what only a cycle keeps alive is no leak
+        return _core.counters()
+
+    before = counters()
+    yield
+    leaked = {name: count - before[name] for name, count in counters().items()}
+    assert not any(leaked.values()), f"the test left these open in the C core: {leaked}"
+
+
+# ---- the contract suite's two axes ---------------------------------------------------------------
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Target]:
+    """A file, a loop device with 512 byte blocks, and one with 4096: 64 MiB of zeros each."""
+    with contextlib.ExitStack() as stack:
+        try:
+            made, loop = make_target(request.param, tmp_path, TARGET_BYTES)
+        except Unavailable as error:
+            pytest.skip(str(error))
+        if loop:
+            stack.callback(loop.close)
+        yield made
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    """The name of each engine that the build and the kernel allow."""
+    refusal = request.getfixturevalue("engine_refusals").get(request.param)
+    if refusal:
+        pytest.skip(f"engine {request.param}: {refusal}")
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def engine_refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The engines that cannot be had here, and why. Any other failure to open is an error."""
+    from dualblade import _core
+    from dualblade.errors import DeviceError, UnsupportedError
+
+    path = tmp_path_factory.mktemp("engines") / "probe.img"
+    path.write_bytes(bytes(1 << 20))
+    refusals = {}
+    for name in ENGINES:
+        try:
+            _core.Device.open(path, engine=name).close()
+        except UnsupportedError as error:
+            refusals[name] = str(error)
+        except DeviceError as error:
+            if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOSYS):
+                raise
+            refusals[name] = str(error)
+    return refusals
+
+
+# ---- other places to do I/O on, made and removed with the test -----------------------------------
+
+
+@pytest.fixture
+def loop_device(tmp_path: Path) -> Iterator[Callable[..., LoopDevice]]:
+    """A function (size_bytes, block_bytes=512) -> LoopDevice."""
+    with contextlib.ExitStack() as stack:
+
+        def make(size_bytes: int, block_bytes: int = 512) -> LoopDevice:
+            try:
+                return stack.enter_context(LoopDevice(tmp_path, size_bytes, block_bytes))
+            except Unavailable as error:
+                pytest.skip(str(error))
+
+        yield make
+
+
+@pytest.fixture
+def fault_device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., FaultDevice]]:
+    """A function (size_bytes=16 MiB) -> FaultDevice."""
+    reason = unavailable()
+    if reason:
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
+
+        def make(size_bytes: int = 16 << 20) -> FaultDevice:
+            return stack.enter_context(FaultDevice(tmp_path_factory.mktemp("fault"), size_bytes))
+
+        yield make
+
+
+@pytest.fixture
+def memory_cgroup() -> Iterator[Callable[[int], MemoryCgroup]]:
+    """A function (limit_bytes) -> MemoryCgroup."""
+    with contextlib.ExitStack() as stack:
+
+        def make(limit_bytes: int) -> MemoryCgroup:
+            try:
+                return stack.enter_context(MemoryCgroup(limit_bytes))
+            except Unavailable as error:
+                pytest.skip(str(error))
+
+        yield make
+
+
+# ---- the summary: which engine ran on which device -----------------------------------------------
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        values = getattr(item, "callspec", None) and item.callspec.params
+        if values and "engine" in values and "target" in values:
+            item.user_properties.append(("contract", (values["engine"], values["target"])))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    counts: defaultdict[tuple[str, str], Counter] = defaultdict(Counter)
+    reasons = set()
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.getreports(outcome):
+            place = dict(getattr(report, "user_properties", ())).get("contract")
+            if place:
+                counts[tuple(place)][outcome] += 1
+                if outcome == "skipped" and isinstance(report.longrepr, tuple):
+                    reasons.add(report.longrepr[2])
+    if not counts:
+        return
+    terminalreporter.section("contract: tests of each engine on each device")
+    width = 24
+    cells = [[""] + list(TARGETS)]
+    for name in ENGINES:
+        row = [counts[name, kind] for kind in TARGETS]
+        cells.append([name] + [", ".join(f"{n} {o}" for o, n in c.items()) or "-" for c in row])
+    for row in cells:
+        line = f"{row[0]:10}" + "".join(f"{cell:{width}}" for cell in row[1:])
+        terminalreporter.write_line(line.rstrip())
+    for reason in sorted(reasons):
+        terminalreporter.write_line(reason)
