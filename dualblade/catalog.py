@@ -22,6 +22,7 @@ from dualblade._core import checksum
 from dualblade.errors import (
     ClosedError,
     CorruptionError,
+    DeviceError,
     DeviceRefusedError,
     DualbladeError,
     UnsupportedError,
@@ -162,7 +163,15 @@ class Catalog:
         """
         path = Path(path)
         if not path.is_file():
-            raise device_error(errno.ENOENT, device=path, operation="open the catalog")
+            raise DeviceError(
+                errno.ENOENT,
+                f"the catalog {path} of store {store_id} does not exist: it was deleted, or left "
+                "behind when the store was moved. Put it back, or format the store anew, which "
+                "loses what is stored",
+                os.fspath(path),
+                device=os.fspath(path),
+                operation="open the catalog",
+            )
         catalog = cls(path, _connect(path))
         with catalog._closed_on_failure(), catalog._errors("open") as connection:
             catalog.clean = _check_identity(connection, path, store_id)

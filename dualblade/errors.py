@@ -211,6 +211,10 @@ _MEANING: dict[int, tuple[str, str]] = {
         "it does not exist",
         "Check the path; to create a file of that name, pass size=.",
     ),
+    errnos.EEXIST: (
+        "it exists already",
+        "Open it without create=True, or choose another path.",
+    ),
     errnos.ENOTDIR: (
         "a part of its path is not a directory",
         "Check the path.",

@@ -394,7 +394,7 @@ def _tag_of_dlpack(code: int, bits: int, lanes: int) -> str:
     try:
         tag = dtype_tag(name)
         known = lanes == 1 and itemsize(tag) * 8 == bits
-    except TypeError:
+    except (TypeError, UnsupportedError):
         known = False
     if not known:
         raise UnsupportedError(

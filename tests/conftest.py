@@ -34,15 +34,16 @@ def leak_check() -> Iterator[None]:
     """After each test the C core holds no more devices, requests or buffers than before it."""
     from dualblade import _core
 
-    def counters() -> dict[str, int]:
-        if any(_core.counters().values()):
-            gc.collect()  # what only a cycle keeps alive is no leak
-        return _core.counters()
-
-    before = counters()
+    before = _core.counters()
     yield
-    leaked = {name: count - before[name] for name, count in counters().items()}
-    assert not any(leaked.values()), f"the test left these open in the C core: {leaked}"
+    if grown(before, _core.counters()):
+        gc.collect()  # what only a cycle keeps alive is no leak
+    leaked = grown(before, _core.counters())
+    assert not leaked, f"the test left these open in the C core: {leaked}"
+
+
+def grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    return {name: after[name] - before[name] for name in after if after[name] > before[name]}
 
 
 # ---- the contract suite's two axes ---------------------------------------------------------------

@@ -482,10 +482,10 @@ struct taken {
     uint32_t length;
 };
 
-static double now_s(void)
+static double cpu_s(void)
 {
     struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now); /* not of whoever else runs here */
     return (double)now.tv_sec + (double)now.tv_nsec / 1e9;
 }
 
@@ -514,25 +514,25 @@ static void test_a_million_runs(uint64_t *random)
         taken[2 * i] = taken[2 * j];
         taken[2 * j] = swapped;
     }
-    double start = now_s();
+    double start = cpu_s();
     for (uint32_t i = 0; i < STRESS_RUNS; i++)
         CHECK(db_extent_free(map, taken[2 * i].offset, taken[2 * i].length * 4096ull) == 0);
-    double freed = now_s();
+    double freed = cpu_s();
     db_extent_map_stats(map, &stats);
     CHECK_EQUAL(stats.free_extents, STRESS_RUNS);
     double bytes_per_run = (double)allocated_bytes / (double)stats.free_extents;
     CHECK(bytes_per_run <= 64);
 
-    double mixed = now_s();
+    double mixed = cpu_s();
     for (uint32_t i = 0; i < STRESS_RUNS / 2; i++) { /* one given back, one taken */
         struct taken *one = &taken[2 * check_random_below(random, STRESS_RUNS) + 1];
         CHECK(db_extent_free(map, one->offset, one->length * 4096ull) == 0);
         one->length = random_units(random);
         CHECK(db_extent_allocate(map, one->length * 4096ull, 0, &one->offset) == 0);
     }
-    double done = now_s();
+    double done = cpu_s();
     CHECK_EQUAL(db_extent_map_verify(map), 0);
-    printf("test_extent: %u free runs: %.1f bytes each, %.0f ns a free, %.0f ns a mixed call\n",
+    printf("test_extent: %u free runs: %.1f bytes each, %.0f ns of CPU a free, %.0f a mixed call\n",
            STRESS_RUNS, bytes_per_run, (freed - start) / STRESS_RUNS * 1e9,
            (done - mixed) / STRESS_RUNS * 1e9);
     db_extent_map_close(map);

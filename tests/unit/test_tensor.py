@@ -4,6 +4,7 @@ import array
 import ctypes
 import gc
 import itertools
+import struct
 import subprocess
 import sys
 
@@ -50,6 +51,31 @@ class OnlyDLPack:
         from torch.utils.dlpack import to_dlpack
 
         return to_dlpack(self.tensor)
+
+
+class HandMadeDLPack:
+    """A DLPack struct laid out field by field, as the standard has it."""
+
+    def __init__(self, values, shape, byte_offset=0, type_=(0, 16, 1)):
+        self.values = values
+        self.shape = (ctypes.c_int64 * len(shape))(*shape)
+        code, bits, lanes = type_
+        self.struct = ctypes.create_string_buffer(
+            struct.pack(
+                "PiiiBBHPPQ",
+                *(values.ctypes.data, 1, 0, len(shape), code, bits, lanes),
+                *(ctypes.addressof(self.shape), 0, byte_offset),
+            )
+        )
+
+    def __dlpack_device__(self):
+        return (1, 0)
+
+    def __dlpack__(self):
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype = ctypes.py_object
+        new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        return new(ctypes.addressof(self.struct), b"dltensor", None)
 
 
 class OnlyBuffer:
@@ -188,7 +214,12 @@ def test_an_array_round_trips_and_its_bytes_are_in_c_order(x):
     assert again.tobytes() == element_bytes(x)
 
 
-@given(arrays(of=npst.nested_dtypes(plain_dtypes)))
+padded_dtypes = st.lists(plain_dtypes, min_size=1, max_size=4).map(
+    lambda fields: np.dtype([(f"f{n}", of) for n, of in enumerate(fields)], align=True)
+)
+
+
+@given(arrays(of=padded_dtypes | npst.nested_dtypes(plain_dtypes)))
 def test_structured_arrays_keep_their_padding_bytes(x):
     found = tensor.describe(x)
     again = tensor.from_bytes(found.data, found.shape, found.dtype)
@@ -317,6 +348,9 @@ def test_torch_lazy_bits_and_gradients_are_resolved(torch):
     z = torch.tensor([1 + 2j, 3 - 4j], requires_grad=True)
     assert np.array_equal(values_of(tensor.describe(z.conj())), [1 - 2j, 3 + 4j])
     assert np.array_equal(values_of(tensor.describe(z.conj().imag)), [-2, 4])
+    negated = torch._neg_view(torch.ones(2))
+    assert negated.is_neg()
+    assert np.array_equal(values_of(tensor.describe(negated)), [-1, -1])
     assert np.array_equal(values_of(tensor.describe(torch.nn.Parameter(torch.ones(2)))), [1, 1])
 
 
@@ -378,6 +412,23 @@ def test_dlpack_memory_is_shared_and_kept_alive(torch):
     del found, x
     gc.collect()
     assert np.frombuffer(data, np.int64).tolist() == [7] + [0] * 999
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (0, 4), ()])
+def test_dlpack_by_hand_without_strides_and_with_a_byte_offset(shape):
+    """What the format allows and torch does not do."""
+    values = np.arange(20, dtype=np.int16)
+    found = tensor.describe(HandMadeDLPack(values, shape, byte_offset=6))
+    expected = values[3 : 3 + int(np.prod(shape, dtype=int))]
+    assert values_of(found).tolist() == expected.reshape(shape).tolist()
+    assert not found.copied
+
+
+@pytest.mark.parametrize(("code", "bits", "lanes"), [(2, 16, 4), (3, 64, 1), (0, 4, 1), (17, 4, 2)])
+def test_dlpack_of_unknown_layout_is_refused(code, bits, lanes):
+    array = HandMadeDLPack(np.arange(20, dtype=np.int16), (2,), type_=(code, bits, lanes))
+    with pytest.raises(UnsupportedError, match=f"code {code}, {bits} bits and {lanes} lanes"):
+        tensor.describe(array)
 
 
 def test_dlpack_on_a_gpu_is_refused():
