@@ -260,12 +260,13 @@ static void merge(struct db_btree *tree, struct db_btree_node *parent, uint32_t 
     parent->count--;
 }
 
-/* Makes way in children[i], which is full. A neighbour with some room is asked first: that keeps
- * nodes fuller than splitting alone would, most of all when pairs come in order. */
+/* Makes way in children[i], which is full. A neighbour with room is asked first: that keeps nodes
+ * fuller than splitting alone would, most of all when pairs come in order. With little room it is
+ * not worth it, because the node would soon be full again. */
 static void relieve(struct db_btree *tree, struct db_btree_node *parent, uint32_t i,
                     uint32_t level)
 {
-    uint32_t roomy = most(level) - most(level) / 8;
+    uint32_t roomy = most(level) - most(level) / 4;
 
     if (i > 0 && at(tree, parent->children[i - 1])->count <= roomy)
         level_out(tree, parent, i - 1, level);

@@ -3,10 +3,9 @@
  * Asynchronous only for O_DIRECT; for buffered files io_submit blocks. It is the way where
  * containers forbid io_uring. */
 #define _GNU_SOURCE
-#include "engine.h"
+#include "refused.h"
 
 #include <errno.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <time.h>
 
@@ -17,7 +16,7 @@ struct db_engine {
     uint32_t depth;
     uint32_t staged_count;     /* under the queue's lock */
     _Atomic int64_t in_kernel;
-    _Atomic(struct db_request *) refused; /* a stack: pushed by commit, emptied by reap */
+    struct db_refused refused; /* what io_submit complained of */
     struct iocb *staged[];
 };
 
@@ -75,31 +74,11 @@ static void forget_staged(struct db_engine *engine, uint32_t count)
         engine->staged[i] = engine->staged[i + count];
 }
 
-/* io_submit's complaint about a request becomes the request's result. */
 static void refuse_first(struct db_engine *engine, int error)
 {
     struct db_request *request = engine->staged[0]->data;
-    request->result = error;
     forget_staged(engine, 1);
-    request->next = engine->refused;
-    while (!atomic_compare_exchange_weak(&engine->refused, &request->next, request))
-        ;
-}
-
-static int reap_refused(struct db_engine *engine, struct db_request **done)
-{
-    struct db_request *request = atomic_exchange(&engine->refused, NULL);
-    if (!request)
-        return 0;
-    done[0] = request;
-    if (request->next) /* rare, so one at a time: the others go back; nobody else pops */
-        for (struct db_request *rest = request->next, *next; rest; rest = next) {
-            next = rest->next;
-            rest->next = engine->refused;
-            while (!atomic_compare_exchange_weak(&engine->refused, &rest->next, rest))
-                ;
-        }
-    return 1;
+    db_refused_push(&engine->refused, request, error);
 }
 
 static uint32_t aio_commit(struct db_engine *engine)
@@ -130,8 +109,9 @@ static uint32_t aio_commit(struct db_engine *engine)
 static int aio_reap(struct db_engine *engine, struct db_request **done, uint32_t max,
                     int64_t timeout_ns)
 {
-    if (reap_refused(engine, done))
-        return 1;
+    int refused = db_refused_pop(&engine->refused, done, max);
+    if (refused > 0)
+        return refused;
     struct io_event events[64];
     struct timespec timeout = {timeout_ns / 1000000000, timeout_ns % 1000000000};
     if (max > 64)

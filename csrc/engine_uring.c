@@ -19,17 +19,22 @@ const struct db_engine_ops db_engine_uring = {.name = "uring", .open = uring_ope
 
 #else
 
+#include "refused.h"
+
 #include <liburing.h>
-#include <stdatomic.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { SUBMIT_RETRY_NS = 1000000 };
+enum { RETRY_NS = 1000000 };
 
 struct db_engine {
     struct io_uring ring;
-    uint32_t staged_count; /* under the queue's lock */
+    /* In the submission ring and not yet taken by the kernel; under the queue's lock. */
+    struct db_request *staged, **staged_end;
+    uint32_t staged_count;
     _Atomic int64_t in_kernel;
+    int refusal; /* not 0: the kernel has stopped to take requests, and this is what it said */
+    struct db_refused refused;
 };
 
 static void uring_close(struct db_engine *engine)
@@ -95,11 +100,12 @@ static int uring_open(const struct db_engine_config *config, struct db_engine **
         free(engine);
         return rc;
     }
+    engine->staged_end = &engine->staged;
     *out = engine;
     return 0;
 }
 
-static void uring_queue(struct db_engine *engine, struct db_request *request)
+static void prepare_entry(struct db_engine *engine, struct db_request *request)
 {
     struct io_uring_sqe *sqe = io_uring_get_sqe(&engine->ring);
     assert(sqe); /* the ring has an entry for every request of the pool */
@@ -108,12 +114,48 @@ static void uring_queue(struct db_engine *engine, struct db_request *request)
     else
         io_uring_prep_write(sqe, request->fd, request->buffer, request->length, request->offset);
     io_uring_sqe_set_data(sqe, request);
+}
+
+static void uring_queue(struct db_engine *engine, struct db_request *request)
+{
+    if (!engine->refusal)
+        prepare_entry(engine, request);
+    request->next = NULL;
+    *engine->staged_end = request;
+    engine->staged_end = &request->next;
     engine->staged_count++;
+}
+
+/* The first `count` staged requests are no longer ours to hand over. */
+static void forget_staged(struct db_engine *engine, uint32_t count)
+{
+    assert(count <= engine->staged_count);
+    engine->staged_count -= count;
+    while (count-- > 0)
+        engine->staged = engine->staged->next;
+    if (!engine->staged)
+        engine->staged_end = &engine->staged;
+}
+
+/* The kernel will never take them (a filter put in place after open() forbids it), so each fails
+ * with what it said. Their entries stay in the ring, which is not submitted again. */
+static void refuse_staged(struct db_engine *engine, int error)
+{
+    engine->refusal = error;
+    for (struct db_request *request = engine->staged, *next; request; request = next) {
+        next = request->next;
+        db_refused_push(&engine->refused, request, error);
+    }
+    engine->staged = NULL;
+    engine->staged_end = &engine->staged;
+    engine->staged_count = 0;
 }
 
 static uint32_t uring_commit(struct db_engine *engine)
 {
     uint32_t crossings = 0;
+    if (engine->refusal)
+        refuse_staged(engine, engine->refusal);
     while (engine->staged_count > 0) {
         /* Counted before, so that whoever reaps sees what was written to the requests. */
         atomic_fetch_add(&engine->in_kernel, engine->staged_count);
@@ -122,38 +164,49 @@ static uint32_t uring_commit(struct db_engine *engine)
         assert(rc <= (int)engine->staged_count);
         atomic_fetch_sub(&engine->in_kernel, engine->staged_count - (rc > 0 ? rc : 0));
         if (rc > 0) {
-            engine->staged_count -= (uint32_t)rc;
+            forget_staged(engine, (uint32_t)rc);
         } else if (rc == -EINTR) {
             continue;
+        } else if (rc != 0 && rc != -EAGAIN && rc != -EBUSY && rc != -ENOMEM) {
+            refuse_staged(engine, rc);
         } else if (engine->in_kernel > 0) {
-            break; /* EAGAIN, EBUSY: the kernel takes no more until something is reaped */
+            break; /* the kernel takes no more until something is reaped */
         } else {
-            assert(rc == 0 || rc == -EAGAIN || rc == -EBUSY || rc == -ENOMEM);
-            struct timespec pause = {0, SUBMIT_RETRY_NS};
+            struct timespec pause = {0, RETRY_NS};
             nanosleep(&pause, NULL);
         }
     }
     return crossings;
 }
 
+/* 0 when there may be something to reap, -errno otherwise. */
+static int wait_in_kernel(struct db_engine *engine, int64_t timeout_ns)
+{
+    struct io_uring_cqe *first;
+    struct __kernel_timespec timeout = {timeout_ns / 1000000000, timeout_ns % 1000000000};
+    int rc = timeout_ns < 0 ? io_uring_wait_cqe(&engine->ring, &first)
+                            : io_uring_wait_cqes(&engine->ring, &first, 1, &timeout, NULL);
+    if (rc == 0 || rc == -ETIME || rc == -EINTR || rc == -EAGAIN)
+        return rc;
+    /* Forbidden after open(). What the kernel has taken it will still complete, in memory that we
+     * share with it; and until then the callers' memory is its own. So look there again. */
+    struct timespec pause = {0, RETRY_NS};
+    nanosleep(&pause, NULL);
+    return 0;
+}
+
 static int uring_reap(struct db_engine *engine, struct db_request **done, uint32_t max,
                       int64_t timeout_ns)
 {
     struct io_uring_cqe *cqes[64];
-    struct __kernel_timespec timeout = {timeout_ns / 1000000000, timeout_ns % 1000000000};
+    int refused = db_refused_pop(&engine->refused, done, max);
+    if (refused > 0)
+        return refused;
     if (max > 64)
         max = 64;
     unsigned count = io_uring_peek_batch_cqe(&engine->ring, cqes, max);
-    if (count == 0 && timeout_ns != 0) {
-        int rc = timeout_ns < 0
-                     ? io_uring_wait_cqe(&engine->ring, &cqes[0])
-                     : io_uring_wait_cqes(&engine->ring, &cqes[0], 1, &timeout, NULL);
-        if (rc == -ETIME || rc == -EINTR || rc == -EAGAIN)
-            return 0;
-        if (rc)
-            return rc;
+    if (count == 0 && timeout_ns != 0 && wait_in_kernel(engine, timeout_ns) == 0)
         count = io_uring_peek_batch_cqe(&engine->ring, cqes, max);
-    }
     atomic_fetch_sub(&engine->in_kernel, count);
     for (unsigned i = 0; i < count; i++) {
         done[i] = io_uring_cqe_get_data(cqes[i]);

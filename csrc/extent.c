@@ -91,7 +91,9 @@ static void change(struct db_extent_map *map, struct run old, struct run new)
     assert(new.length > 0);
     assert(end_of(new) <= map->total);
     db_btree_replace(&map->by_offset, offset_pair(old), offset_pair(new));
-    db_btree_replace(&map->by_length, length_pair(old), length_pair(new));
+    /* In order of offsets a run stays where it is; in order of lengths it seldom does. */
+    db_btree_remove(&map->by_length, length_pair(old));
+    db_btree_insert(&map->by_length, length_pair(new));
 }
 
 /* Takes `taken` out of the free run that it lies in. */

@@ -25,7 +25,7 @@ from dualblade.errors import (
     UnsupportedError,
     device_error,
 )
-from dualblade.header import HEADER_BYTES, Header
+from dualblade.header import DATA_OFFSET, HEADER_BYTES, Header
 from dualblade.index import Index
 from dualblade.memory import format_size, page_cache_budget, parse_size
 from dualblade.residency import POLICIES, Policy, Residency
@@ -36,8 +36,6 @@ CHUNK_BYTES = 256 << 10
 """What one checksum covers, and the largest request: small enough that reading a part of a tensor
 reads little more than that part, large enough that drives reach their bandwidth."""
 STAGING_BYTES = 8 << 20
-DATA_OFFSET = 1 << 20
-"""Extents begin here: aligned to whatever a drive erases or maps at once."""
 SIZE_MIN_BYTES = DATA_OFFSET + (1 << 20)
 VERIFY = ("always", "open", "never")
 

@@ -25,7 +25,6 @@ from dualblade import _core
 
 BATCH_MAX = 6
 DTYPES = [np.float16, np.float32, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.int16]
-# Sizes around those of a block and a checksum's chunk need many tokens of few bytes, or the reverse.
 counts = st.one_of(st.integers(0, 3), st.integers(0, 40), st.sampled_from([64, 300]))
 
 

@@ -1,4 +1,4 @@
-"""KVCache: what callers may pass, what it costs, and what happens when the store is full or fails."""
+"""KVCache: what callers may pass, what it costs, and what a full or failing store does to it."""
 
 from __future__ import annotations
 
@@ -254,34 +254,37 @@ def test_each_layer_is_read_once_a_step(kv: KVCache, store: TensorStore) -> None
     assert stats["ahead_started"] == 29 + 2
 
 
-@pytest.mark.parametrize(("lookahead", "used"), [(0, 0), (1, 29), (2, 29), (9, 29)])
+@pytest.mark.parametrize(("lookahead", "used"), [(0, 0), (1, 27), (2, 27), (9, 27)])
 def test_lookahead_is_the_callers_choice(store: TensorStore, lookahead: int, used: int) -> None:
     with dualblade.KVCache(store, layers=3, **SHAPE, batch=2, lookahead=lookahead) as kv:
-        decode(kv, 10)
+        decode(kv, 10)  # in the first step only the first layer has anything to be read ahead
         assert kv.stats()["ahead_used"] == used
 
 
 def test_layers_too_large_for_the_budget_are_not_read_ahead(tmp_path: Path) -> None:
-    with dualblade.open(tmp_path / "kv.img", size=64 * MIB, memory=8 * MIB) as store:
-        with dualblade.KVCache(store, layers=4, **SHAPE, batch=2, max_tokens=16384) as kv:
-            small, large = rows(1000), rows(12000)  # 0.5 and 6 MiB with the values
-            for layer in range(4):
-                kv.append(layer, small, small)
-            decode(kv, 2)
-            assert kv.stats()["ahead_used"] == 7
-            assert kv.stats()["ahead_bytes"] <= store.memory_budget // 4
-            for layer in range(4):
-                kv.append(layer, large, large)
-            before = kv.stats()["ahead_started"]
-            decode(kv, 2)
-            assert kv.stats()["ahead_started"] == before
-            assert kv.stats()["ahead_bytes"] == 0
-            assert kv.stats()["lent_bytes"] == 0
+    with (
+        dualblade.open(tmp_path / "kv.img", size=64 * MIB, memory=8 * MIB) as store,
+        dualblade.KVCache(store, layers=4, **SHAPE, batch=2, max_tokens=16384) as kv,
+    ):
+        small, large = rows(1000), rows(12000)  # 0.5 and 6 MiB with the values
+        for layer in range(4):
+            kv.append(layer, small, small)
+        decode(kv, 2)
+        assert kv.stats()["ahead_used"] == 7
+        assert kv.stats()["ahead_bytes"] <= store.memory_budget // 4
+        for layer in range(4):
+            kv.append(layer, large, large)
+        before = kv.stats()["ahead_started"]
+        decode(kv, 2)
+        assert kv.stats()["ahead_started"] == before
+        assert kv.stats()["ahead_bytes"] == 0
+        assert kv.stats()["lent_bytes"] == 0
 
 
 def test_a_warm_decode_maps_no_memory(kv: KVCache) -> None:
     for layer in range(3):
-        kv.append(layer, rows(200), rows(200))
+        # The sizes of the next steps are rounded to the same.
+        kv.append(layer, rows(208), rows(208))
     decode(kv, 3)
     before = _core.counters()["buffers"]
     idle = kv.stats()["idle_bytes"] + kv.stats()["lent_bytes"]
@@ -291,34 +294,38 @@ def test_a_warm_decode_maps_no_memory(kv: KVCache) -> None:
 
 
 def test_memory_that_nobody_uses_is_bounded(tmp_path: Path) -> None:
-    with dualblade.open(tmp_path / "kv.img", size=64 * MIB, memory=8 * MIB) as store:
-        with dualblade.KVCache(store, layers=1, **SHAPE, batch=2, max_tokens=8192) as kv:
-            kv.append(0, rows(2000), rows(2000))  # 1 MiB with the values
-            held = [kv.fetch(0) for _ in range(16)]
-            assert kv.stats()["lent_bytes"] >= 16 * MIB
-            held.clear()
-            assert MIB <= kv.stats()["idle_bytes"] <= 2 * MIB
-            kv.append(0, rows(6000), rows(6000))
-            kv.fetch(0)
-            kv.fetch(0)
-            assert kv.stats()["idle_bytes"] <= 5 * MIB
+    with (
+        dualblade.open(tmp_path / "kv.img", size=64 * MIB, memory=8 * MIB) as store,
+        dualblade.KVCache(store, layers=1, **SHAPE, batch=2, max_tokens=8192) as kv,
+    ):
+        kv.append(0, rows(2000), rows(2000))  # 1 MiB with the values
+        held = [kv.fetch(0) for _ in range(16)]
+        assert kv.stats()["lent_bytes"] >= 16 * MIB
+        held.clear()
+        assert MIB <= kv.stats()["idle_bytes"] <= 2 * MIB
+        kv.append(0, rows(6000), rows(6000))
+        kv.fetch(0)
+        kv.fetch(0)
+        assert kv.stats()["idle_bytes"] <= 5 * MIB
 
 
 def test_a_failed_read_ahead_is_read_again(fault_device: Callable) -> None:
     faulty = fault_device(32 * MIB)
-    with dualblade.open(faulty.path, format=True, policy="direct") as store:
-        with dualblade.KVCache(store, layers=2, **SHAPE, batch=2, max_tokens=4096) as kv:
-            for layer in range(2):
-                kv.append(layer, rows(2000, layer), rows(2000, layer))
-            info = store.info(f"{kv.name}/001/k")
-            faulty.add_rule("read", "EIO", lo=info.offset, hi=info.offset + info.extent_bytes)
-            np.testing.assert_array_equal(kv.fetch(0)[0], rows(2000, 0))
-            with pytest.raises(DeviceError) as caught:
-                kv.fetch(1)
-            assert info.offset <= caught.value.offset < info.offset + info.extent_bytes
-            kv.fetch(0)  # starts to read it ahead once more
-            faulty.clear()
-            np.testing.assert_array_equal(kv.fetch(1)[0], rows(2000, 1))
+    with (
+        dualblade.open(faulty.path, format=True, policy="direct") as store,
+        dualblade.KVCache(store, layers=2, **SHAPE, batch=2, max_tokens=4096) as kv,
+    ):
+        for layer in range(2):
+            kv.append(layer, rows(2000, layer), rows(2000, layer))
+        info = store.info(f"{kv.name}/001/k")
+        faulty.add_rule("read", "EIO", lo=info.offset, hi=info.offset + info.extent_bytes)
+        np.testing.assert_array_equal(kv.fetch(0)[0], rows(2000, 0))
+        with pytest.raises(DeviceError) as caught:
+            kv.fetch(1)
+        assert info.offset <= caught.value.offset < info.offset + info.extent_bytes
+        kv.fetch(0)  # starts to read it ahead once more
+        faulty.clear()
+        np.testing.assert_array_equal(kv.fetch(1)[0], rows(2000, 1))
 
 
 def test_a_corrupt_layer_is_not_returned(store: TensorStore, kv: KVCache, tmp_path: Path) -> None:
