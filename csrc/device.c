@@ -38,7 +38,7 @@ struct db_device {
     struct db_device *next, **link;
 };
 
-/* ---- fork --------------------------------------------------------------------------------------- */
+/* ---- fork ------------------------------------------------------------------------------------ */
 
 static pthread_mutex_t devices_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct db_device *devices;
@@ -93,7 +93,7 @@ static void unlist_device(struct db_device *device)
     pthread_mutex_unlock(&devices_lock);
 }
 
-/* ---- open --------------------------------------------------------------------------------------- */
+/* ---- open ------------------------------------------------------------------------------------ */
 
 static int check_options(const struct db_device_options *options)
 {
@@ -258,7 +258,7 @@ void db_device_close(struct db_device *device)
     atomic_fetch_sub(&db_live_devices, 1);
 }
 
-/* ---- what it is, and what it did ----------------------------------------------------------------- */
+/* ---- what it is, and what it did ------------------------------------------------------------- */
 
 const struct db_geometry *db_device_geometry(const struct db_device *device)
 {
@@ -283,7 +283,7 @@ void db_device_stats(struct db_device *device, enum db_path path, struct db_path
         db_queue_stats(device->queues[path], out);
 }
 
-/* ---- I/O ------------------------------------------------------------------------------------------ */
+/* ---- I/O ------------------------------------------------------------------------------------- */
 
 static int check_io(const struct db_device *device, enum db_path path, const struct db_io *io)
 {
@@ -324,7 +324,7 @@ int db_batch_wait(struct db_batch *batch, int64_t timeout_ns)
     return db_queue_wait(batch->device->queues[batch->path], batch, timeout_ns);
 }
 
-/* ---- ranges --------------------------------------------------------------------------------------- */
+/* ---- ranges ---------------------------------------------------------------------------------- */
 
 static int check_range(const struct db_device *device, uint64_t offset, uint64_t length)
 {

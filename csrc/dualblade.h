@@ -219,10 +219,11 @@ struct db_counters {
 };
 void db_counters(struct db_counters *out);
 
-/* ---- is it safe to write to this device? ------------------------------------------------------ */
+/* ---- is it safe to write to this device? ----------------------------------------------------- */
 
-/* What libblkid finds at the start of a device or file: a word such as "ext4", "gpt" or "LVM2_member"
- * in name; an empty name when it finds nothing. -ENOSYS: there is no libblkid; -errno of open(2). */
+/* What libblkid finds at the start of a device or file: a word such as "ext4", "gpt" or
+ * "LVM2_member" in name; an empty name when it finds nothing.
+ * -ENOSYS: there is no libblkid; -errno of open(2). */
 int db_find_signature(const char *path, char *name, size_t name_size);
 
 #endif

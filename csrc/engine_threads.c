@@ -3,8 +3,8 @@
  * Works everywhere, and serves the page-cache path: a buffered read that hits is a copy, which the
  * threads make on several cores at once; one that misses blocks only its own thread. */
 #define _GNU_SOURCE
+#include "clock.h"
 #include "engine.h"
-#include "queue.h"
 
 #include <errno.h>
 #include <pthread.h>

@@ -14,6 +14,7 @@
 #define _GNU_SOURCE
 #include "queue.h"
 
+#include "clock.h"
 #include "counters.h"
 
 #include <errno.h>
@@ -26,6 +27,9 @@ enum {
     CARVE_MAX = 16,      /* pieces prepared before the kernel is told: checksums overlap I/O */
     REAP_MAX = 64,
     RETRIES_MAX = 64,    /* of a request that moved nothing: EINTR, EAGAIN, less than a block */
+    /* The longest wait in the kernel. A request that the kernel would not take, when another
+     * thread committed it, is the engine's to hand back and wakes nobody who waits there. */
+    REAP_SLICE_NS = 100000000,
 };
 
 struct db_queue {
@@ -48,19 +52,6 @@ struct db_queue {
 
     struct db_path_stats stats;
 };
-
-int64_t db_now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
-}
-
-int64_t db_deadline_ns(int64_t timeout_ns)
-{
-    int64_t now = db_now_ns();
-    return timeout_ns < INT64_MAX - now ? now + timeout_ns : INT64_MAX;
-}
 
 static uint64_t round_up(uint64_t value, uint64_t unit)
 {
@@ -107,7 +98,7 @@ static void finish(struct db_request *request, void *context)
     }
 }
 
-/* ---- carving (lock held) ---------------------------------------------------------------------- */
+/* ---- carving (lock held) --------------------------------------------------------------------- */
 
 static bool needs_staging(const struct db_queue *queue, const void *memory, uint64_t length)
 {
@@ -227,7 +218,7 @@ static void pump(struct db_queue *queue)
     } while (count > 0);
 }
 
-/* ---- completion ------------------------------------------------------------------------------- */
+/* ---- completion ------------------------------------------------------------------------------ */
 
 static void release(struct db_queue *queue, struct db_request *request)
 {
@@ -284,7 +275,8 @@ static void succeed(struct db_queue *queue, struct db_request *request)
 static void complete(struct db_queue *queue, struct db_request *request)
 {
     int64_t result = request->result;
-    if (result == -EINTR || result == -EAGAIN) {
+    /* ECANCELED: nobody here cancels, but io_uring does when the thread that submitted ends. */
+    if (result == -EINTR || result == -EAGAIN || result == -ECANCELED) {
         if (request->retries++ < RETRIES_MAX)
             resume(queue, request);
         else
@@ -320,6 +312,8 @@ static int lead(struct db_queue *queue, int64_t timeout_ns)
     struct db_request *done[REAP_MAX];
     assert(!queue->has_leader);
     queue->has_leader = true;
+    if (timeout_ns < 0 || timeout_ns > REAP_SLICE_NS)
+        timeout_ns = REAP_SLICE_NS;
     pthread_mutex_unlock(&queue->lock);
     int count = queue->config.engine->reap(queue->engine, done, REAP_MAX, timeout_ns);
     if (!queue->config.engine->has_threads)
@@ -353,8 +347,10 @@ void db_queue_submit(struct db_queue *queue, struct db_batch *batch)
     queue->pending_end = &batch->next;
     pump(queue);
     /* Nobody waits and the pool is empty: collect what is done, so that the batch gets going. */
-    if (queue->pending && !queue->has_leader)
+    if (queue->pending && !queue->has_leader) {
         lead(queue, 0);
+        pthread_cond_broadcast(&queue->changed); /* whoever came to wait meanwhile leads now */
+    }
     pthread_mutex_unlock(&queue->lock);
 }
 
@@ -394,7 +390,7 @@ int db_queue_wait(struct db_queue *queue, struct db_batch *batch, int64_t timeou
     return rc;
 }
 
-/* ---- open and close ---------------------------------------------------------------------------- */
+/* ---- open and close -------------------------------------------------------------------------- */
 
 static int allocate_pool(struct db_queue *queue)
 {
@@ -471,15 +467,18 @@ int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
 
 void db_queue_close(struct db_queue *queue)
 {
+    int rc = 0;
     pthread_mutex_lock(&queue->lock);
-    while (queue->in_flight > 0 || queue->pending) {
+    while (!rc && (queue->in_flight > 0 || queue->pending)) {
         if (queue->has_leader)
             wait_for_leader(queue, INT64_MAX);
         else
-            lead(queue, -1);
+            rc = lead(queue, -1);
     }
     assert(!queue->has_leader);
     pthread_mutex_unlock(&queue->lock);
+    if (rc) /* The kernel does not say what it still does with this memory: it stays. */
+        return;
     queue->config.engine->close(queue->engine);
     free_pool(queue);
 }

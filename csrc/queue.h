@@ -19,7 +19,8 @@ struct db_queue_config {
 struct db_queue;
 
 int db_queue_open(const struct db_queue_config *config, struct db_queue **out);
-/* Waits for what is in flight, then frees. */
+/* Waits for what is in flight, then frees; frees nothing if the engine cannot be asked any more,
+ * which every wait has said then. */
 void db_queue_close(struct db_queue *queue);
 /* In the child after a fork, where requests and threads are the parent's: closes file descriptors
  * and leaves the memory be. Async-signal-safe. */
@@ -31,10 +32,5 @@ void db_queue_stats(struct db_queue *queue, struct db_path_stats *out);
 
 void db_queue_submit(struct db_queue *queue, struct db_batch *batch);
 int db_queue_wait(struct db_queue *queue, struct db_batch *batch, int64_t timeout_ns);
-
-/* Nanoseconds of CLOCK_MONOTONIC. */
-int64_t db_now_ns(void);
-/* timeout_ns from now as a time of CLOCK_MONOTONIC; never overflows. */
-int64_t db_deadline_ns(int64_t timeout_ns);
 
 #endif

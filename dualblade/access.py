@@ -37,8 +37,10 @@ class EntryAccess:
         self._closer = 0
         self._active = 0
         self._tickets: dict[Ticket, None] = {}
-        self._pending: dict[str, Ticket] = {}
+        self._pending: dict[str, dict[Ticket, None]] = {}
         """Puts under way, by key: whatever is done with the key next waits for them."""
+        self._flushing = threading.Lock()
+        """One flush at a time: another would take an index for saved that is not yet."""
 
     # ---- open or not ------------------------------------------------------------------------
 
@@ -55,6 +57,7 @@ class EntryAccess:
         """In the child after a fork: the store is the parent's, and its locks may be held there."""
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
+        self._flushing = threading.Lock()
         if self._state != "closed":
             self._state = "forked"
 
@@ -67,7 +70,7 @@ class EntryAccess:
         while True:
             with self._lock:
                 self._check_open()
-                tickets = {self._pending[key] for key in keys if key in self._pending}
+                tickets = [ticket for key in keys for ticket in self._pending.get(key, ())]
                 if not tickets:
                     yield
                     return
@@ -103,14 +106,16 @@ class EntryAccess:
     def _register(self, ticket: Ticket, writes: Iterable[str] = ()) -> None:
         with self._lock:
             self._tickets[ticket] = None
-            self._pending.update(dict.fromkeys(writes, ticket))
+            for key in writes:
+                self._pending.setdefault(key, {})[ticket] = None
             self._changed.notify_all()
 
     def _unregister(self, ticket: Ticket, writes: Iterable[str] = ()) -> None:
         with self._lock:
             del self._tickets[ticket]
             for key in writes:
-                if self._pending.get(key) is ticket:
+                del self._pending[key][ticket]
+                if not self._pending[key]:
                     del self._pending[key]
             self._leave()
 
@@ -174,10 +179,7 @@ class EntryAccess:
                 entry.users += 1
                 entry.is_exclusive = True  # from here on nobody else begins
         try:
-            self._settle_tickets()
-            with self._lock:
-                while any(entry.users > 1 for entry in entries):
-                    self._changed.wait()
+            self._wait_for_others(entries)
             yield entries
         finally:
             with self._lock:
@@ -185,6 +187,17 @@ class EntryAccess:
                     entry.is_exclusive = False
                 self._release(entries)
                 self._leave()
+
+    def _wait_for_others(self, entries: Iterable[Entry]) -> None:
+        """Returns when nobody but the caller uses these entries."""
+        while True:
+            self._settle_tickets()
+            with self._lock:
+                if all(entry.users == 1 for entry in entries):
+                    return
+                # A read that was just being started may have registered its ticket by now.
+                if not self._tickets:
+                    self._changed.wait()
 
 
 def rows_of(entries: Iterable[Entry], rows: Mapping[str, Any]) -> list[tensor.Tensor]:

@@ -91,8 +91,9 @@ class Index:
         by_group: dict[str, list[int]] = {}
         for group, size in zip(groups, sizes, strict=True):
             by_group.setdefault(group, []).append(size)
-        for group, group_sizes in by_group.items():
-            residency.add(group, group_sizes)
+        # The known ones first: they are on a path already, and new ones take the room left over.
+        for group in sorted(by_group, key=lambda name: name not in residency.groups):
+            residency.add(group, by_group[group])
         return entries
 
     def _allocate_run(self, sizes: Sequence[int]) -> list[int]:
@@ -174,10 +175,10 @@ class Index:
     # ---- saving and loading -----------------------------------------------------------------
 
     def changed(self, entry: Entry) -> None:
-        """What is saved of this entry is no longer true."""
+        """What is saved of this entry is no longer true. Of a dead one nothing will be saved."""
         self.version += 1
-        self._deleted.pop(entry.key, None)
-        self._changed[entry.key] = None
+        if not entry.is_dead:
+            self._changed[entry.key] = None
 
     def mark_dirty(self, catalog: Catalog) -> None:
         """Called before the first change after a save."""
@@ -187,7 +188,10 @@ class Index:
             self.is_clean = False
 
     def take_changes(self) -> tuple[list[str], list[str]]:
-        """Keys changed and keys deleted since the last call."""
+        """Keys changed and keys deleted since the last call.
+
+        A key that was deleted and then stored anew is both: its record moves to the end.
+        """
         changes = list(self._changed), list(self._deleted)
         self._changed.clear()
         self._deleted.clear()
@@ -195,12 +199,9 @@ class Index:
 
     def restore_changes(self, changed: Iterable[str], deleted: Iterable[str]) -> None:
         """Takes back `take_changes` after a save that failed."""
-        for key in changed:
-            if key in self.entries:
-                self._changed[key] = None
-        for key in deleted:
-            if key not in self.entries:
-                self._deleted[key] = None
+        still = [key for key in changed if key in self.entries]
+        self._changed = dict.fromkeys([*still, *self._changed])
+        self._deleted = dict.fromkeys([*deleted, *self._deleted])
 
     def record(self, entry: Entry, residency: Residency, last_checksum: int | None) -> Record:
         """What is saved of an entry; `last_checksum` is of its last chunk if bytes are held back.

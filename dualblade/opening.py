@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import errno
 import fcntl
 import os
@@ -92,14 +93,13 @@ def open_store(
             staging_bytes=STAGING_BYTES,
         )
         try:
+            fallbacks = _fallbacks(device, engine)
             residency = Residency(policy, budget.bytes)
             index, catalog = _load(device, found, residency)
         except BaseException:
             device.close()
             raise
-    store = TensorStore(
-        device, index, catalog, residency, verify=verify, fallbacks=_fallbacks(device, engine)
-    )
+    store = TensorStore(device, index, catalog, residency, verify=verify, fallbacks=fallbacks)
     _open_stores.add(store)
     if verify == "open":
         _verify_all(store)
@@ -170,7 +170,11 @@ def _created(path: str, size_bytes: int | None, create: bool | None) -> Iterator
     """Makes the file if it is to be made; whether it was. Removed again if what follows fails."""
     if os.path.lexists(path):
         if create:
-            raise device_error(errno.EEXIST, device=path, operation="create")
+            raise DeviceError(
+                errno.EEXIST,
+                f"{path} exists: leave create=True out to open it, or use another path",
+                path,
+            )
         yield False
         return
     if size_bytes is None or create is False:
@@ -210,8 +214,9 @@ def _set_size(found: Target, size_bytes: int | None) -> None:
         os.ftruncate(fd, min(size_bytes, found.size_bytes))
         os.posix_fallocate(fd, 0, size_bytes)
     except OSError as error:
+        operation = "open" if error.errno == errno.EWOULDBLOCK else "resize"
         raise device_error(
-            error.errno or errno.EIO, device=found.path, operation="resize", length=size_bytes
+            error.errno or errno.EIO, device=found.path, operation=operation, length=size_bytes
         ) from error
     finally:
         os.close(fd)
@@ -316,8 +321,9 @@ def _verify_all(store: TensorStore) -> None:
 
 
 def _close_all() -> None:
-    for store in list(_open_stores):
-        store.close()
+    with contextlib.ExitStack() as stack:  # whatever goes wrong with one, the others are closed
+        for store in list(_open_stores):
+            stack.callback(store.close)
 
 
 def _forget_all() -> None:

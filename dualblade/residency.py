@@ -11,7 +11,7 @@ Here is the bookkeeping alone: the store moves groups, and holds its lock around
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -52,10 +52,23 @@ class Residency:
             return True
         return self.pagecache_bytes + size_bytes <= self.budget_bytes
 
+    def crowded(self, growth_bytes: Mapping[str, int]) -> list[str]:
+        """The page-cached groups that have to go direct before each of these grows so much."""
+        found = []
+        taken_bytes = 0
+        for group, size_bytes in growth_bytes.items():
+            if group not in self.groups or self.groups[group].path == "direct":
+                continue
+            if size_bytes > 0 and not self.fits(size_bytes + taken_bytes):
+                found.append(group)
+            else:
+                taken_bytes += size_bytes
+        return found
+
     def add(self, group: str, sizes_bytes: Sequence[int]) -> PathName:
         """Accounts tensors to a group, which is bound if it is new; its path.
 
-        A group stays on its path as it grows: ask `fits` first and move it if it does not.
+        A group stays on its path as it grows: ask `crowded` first and move those.
         """
         total_bytes = sum(sizes_bytes)
         bound = self.groups.get(group)

@@ -6,12 +6,13 @@ index.py; here is what is done with them.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -110,16 +111,21 @@ class TensorStore(EntryAccess):
     ) -> None:
         """Reserves several tensors, `{key: (shape, dtype)}`, side by side in one run."""
         specs = [_reservation(key, shape, dtype) for key, (shape, dtype) in tensors.items()]
-        with self._operation(tensors):
-            taken = [key for key, *_ in specs if key in self._index]
-            if taken:
-                raise ValueError(
-                    f"{taken[0]!r} is stored already: delete it before it is reserved anew"
-                )
-            self._index.mark_dirty(self._catalog)
-            groups = [group or key for key, *_ in specs]
-            for entry in self._index.create(specs, groups, self._residency, one_run=True):
-                self._index.publish(entry, self._residency)
+        groups = [key if group is None else _check_name(group) for key, *_ in specs]
+        while True:
+            with self._operation(tensors):
+                taken = [key for key, *_ in specs if key in self._index]
+                if taken:
+                    raise ValueError(
+                        f"{taken[0]!r} is stored already: delete it before it is reserved anew"
+                    )
+                crowded = self._residency.crowded(_growth(specs, groups, []))
+                if not crowded:
+                    self._index.mark_dirty(self._catalog)
+                    for entry in self._index.create(specs, groups, self._residency, one_run=True):
+                        self._index.publish(entry, self._residency)
+                    return
+            self._go_direct(crowded)
 
     def append(self, key: str, rows: Any) -> None:
         """Appends rows, `[n, *shape[1:]]`, to a reserved tensor. ValueError when it is full."""
@@ -152,6 +158,8 @@ class TensorStore(EntryAccess):
             cuts = []
             for entry in entries:
                 count = _row_count(rows[entry.key])
+                if not entry.capacity:
+                    raise ValueError(f"{entry.key!r} has no axis to be truncated along")
                 if count > entry.rows:
                     raise ValueError(
                         f"{entry.key!r} has {entry.rows} rows: it can't keep {count}"
@@ -169,18 +177,26 @@ class TensorStore(EntryAccess):
 
     def resize_many(self, rows: Mapping[str, int]) -> None:
         """Resizes several tensors into one new run. After an error all are as they were."""
-        with self._exclusive(rows) as entries:
-            if not entries:
-                return
-            specs = []
-            for entry in entries:
-                count = _row_count(rows[entry.key])
-                if not entry.capacity or count < entry.rows:
-                    raise ValueError(
-                        f"{entry.key!r} has {entry.rows} rows: it can't be resized to {count}"
-                    )
-                specs.append((entry.key, (count, *entry.capacity[1:]), entry.dtype, 0))
-            self._move(entries, specs)
+        while True:
+            with self._exclusive(rows) as entries:
+                specs = []
+                for entry in entries:
+                    count = _row_count(rows[entry.key])
+                    if not entry.capacity or count < entry.rows:
+                        raise ValueError(
+                            f"{entry.key!r} has {entry.rows} rows: it can't be resized to {count}"
+                        )
+                    specs.append((entry.key, (count, *entry.capacity[1:]), entry.dtype, 0))
+                groups = [entry.group for entry in entries]
+                with self._lock:
+                    crowded = self._residency.crowded(_growth(specs, groups, entries))
+                    if not crowded:
+                        self._index.mark_dirty(self._catalog)
+                        copies = self._index.create(specs, groups, self._residency, one_run=True)
+                if not crowded:
+                    self._move(entries, copies)
+                    return
+            self._go_direct(crowded)
 
     def delete(self, key: str) -> None:
         """Forgets a tensor and frees its room."""
@@ -235,30 +251,21 @@ class TensorStore(EntryAccess):
         """
         if path not in self._paths:
             raise ValueError(f"path={path!r} is unknown: take 'direct' or 'pagecache'")
-        self._settle_tickets()
-        with self._lock:
-            self._check_open()
-            keys = [entry.key for entry in self._index.of_group(group)]
-            if not keys:
-                raise KeyNotFoundError(f"there is no group {group!r}")
-        with self._exclusive(keys) as entries:
-            if self._residency.path_of(group) == path:
-                return
-            size_bytes = self._residency.groups[group].size_bytes
-            if path == "pagecache" and not self._residency.fits(size_bytes):
-                raise ValueError(
-                    f"group {group!r} has {format_size(size_bytes)}, and of the memory "
-                    f"budget of {format_size(self._residency.budget_bytes)} page-cached tensors "
-                    f"already take {format_size(self._residency.pagecache_bytes)}"
-                )
-            for entry in entries:
-                if entry.extent_bytes:
-                    self._paths[path].enter(entry.offset, entry.extent_bytes)
-            with self._lock:
-                self._residency.move(group, path)
+        while True:
+            keys = self._keys_of_group(group)
+            try:
+                with self._exclusive(keys) as entries:
+                    if self._rebind(group, path, entries):
+                        return
+            except KeyNotFoundError:
+                continue  # one was deleted meanwhile
 
     def flush(self) -> None:
         """Finishes what is under way, writes everything out and saves the index."""
+        with self._flushing:
+            self._flush()
+
+    def _flush(self) -> None:
         self._settle_tickets()
         with self._operation([]):
             version = self._index.version
@@ -328,7 +335,8 @@ class TensorStore(EntryAccess):
         """Waits for what is under way, saves the index and lets the device go. Idempotent."""
         with self._lock:
             if self._state != "open":
-                while self._state in ("closing", "flushing"):
+                # A signal handler may close what this very thread is closing.
+                while self._closer != threading.get_ident() and self._state != "closed":
                     self._changed.wait()
                 return
             self._state = "closing"
@@ -341,11 +349,11 @@ class TensorStore(EntryAccess):
         except BaseException as error:
             problem = error
         try:
-            self._catalog.close()
-            self._index.forget()
-            self._device.close()
+            with contextlib.closing(self._device):
+                self._catalog.close()
         finally:
             with self._lock:
+                self._index.forget()
                 self._state = "closed"
                 self._changed.notify_all()
         if problem is not None:
@@ -369,8 +377,10 @@ class TensorStore(EntryAccess):
 
     def __del__(self) -> None:
         if getattr(self, "_state", "closed") == "open" and not self._device.closed:
-            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
-            self.close()
+            try:
+                warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+            finally:
+                self.close()
 
     def __repr__(self) -> str:
         return f"<dualblade.TensorStore {self._device.info.target!r} {self._state}>"
@@ -378,15 +388,8 @@ class TensorStore(EntryAccess):
     # ---- writing ----------------------------------------------------------------------------
 
     def _start_put(self, arrays: Mapping[str, Any], group: str | None) -> Ticket:
-        tensors = {_check_key(key): tensor.describe(array) for key, array in arrays.items()}
-        self._make_room(tensors, group)
-        with self._starting(tensors):
-            specs = [
-                (key, t.shape, t.dtype, t.shape[0] if t.shape else 1) for key, t in tensors.items()
-            ]
-            groups = [self._group_of(key, group) for key in tensors]
-            self._index.mark_dirty(self._catalog)
-            entries = self._index.create(specs, groups, self._residency, one_run=False)
+        tensors = {_check_name(key): tensor.describe(array) for key, array in arrays.items()}
+        entries = self._create(tensors, None if group is None else _check_name(group))
         writes = []
         for entry, t in zip(entries, tensors.values(), strict=True):
             entry.stored = len(t.data)
@@ -418,58 +421,50 @@ class TensorStore(EntryAccess):
         self._register(ticket, tensors)
         return ticket
 
-    def _group_of(self, key: str, group: str | None) -> str:
-        if group is not None:
-            return group
-        entry = self._index.entries.get(key)
-        return key if entry is None else entry.group
-
-    def _make_room(self, tensors: Mapping[str, tensor.Tensor], group: str | None) -> None:
-        """A page-cached group that outgrows the memory budget goes direct before it grows."""
-        growth: dict[str, int] = {}
-        with self._lock:
-            for key, t in tensors.items():
-                name = self._group_of(key, group)
-                old = self._index.entries.get(key)
-                freed = old.extent_bytes if old is not None and old.group == name else 0
-                growth[name] = (
-                    growth.get(name, 0) + round_up(len(t.data), _core.BLOCK_BYTES) - freed
-                )
-            crowded = [
-                name
-                for name, size_bytes in growth.items()
-                if name in self._residency.groups
-                and self._residency.path_of(name) == "pagecache"
-                and not self._residency.fits(size_bytes)
-            ]
-        for name in crowded:
-            self.set_path(name, "direct")
+    def _create(self, tensors: Mapping[str, tensor.Tensor], group: str | None) -> list[Entry]:
+        """Entries for a put, of an operation that is begun and not ended."""
+        specs = [
+            (key, t.shape, t.dtype, t.shape[0] if t.shape else 1) for key, t in tensors.items()
+        ]
+        while True:
+            with self._starting(tensors):
+                found = {key: self._index.entries.get(key) for key in tensors}
+                if group is not None:
+                    groups = [group] * len(specs)
+                else:
+                    groups = [key if old is None else old.group for key, old in found.items()]
+                replaced = [old for old in found.values() if old is not None]
+                crowded = self._residency.crowded(_growth(specs, groups, replaced))
+                if not crowded:
+                    self._index.mark_dirty(self._catalog)
+                    return self._index.create(specs, groups, self._residency, one_run=False)
+                self._leave()
+            self._go_direct(crowded)
 
     def _append(self, entries: list[Entry], parts: list[tensor.Tensor]) -> None:
         with self._lock:
             self._index.mark_dirty(self._catalog)
-        writes, tail_writes = [], []
-        try:
-            for entry, part in zip(entries, parts, strict=True):
-                tail_write = self._tail_of(entry).append(part.data)
-                tail_writes.append(tail_write)
-                for offset, data in tail_write.requests:
-                    writes.append((entry, (entry.offset + offset, data), None))
-            self._transfer("write", writes)
-        except BaseException:
-            # What is stored was not touched; where to go on is found again by the next append.
-            for entry in entries:
-                entry.tail = None
-            raise
+        writes, ends = [], []
+        for entry, part in zip(entries, parts, strict=True):
+            # Taken from the entry until all is well: what is stored is not touched, and after an
+            # error or an interrupt the next append finds again where to go on.
+            tail, entry.tail = self._tail_of(entry), None
+            tail_write = tail.append(part.data)
+            for offset, data in tail_write.requests:
+                writes.append((entry, (entry.offset + offset, data), None))
+            chunks = slice(
+                tail_write.first_chunk, tail_write.first_chunk + len(tail_write.digests)
+            )
+            held = bytes(tail.block()[: tail.held])
+            rows = entry.rows + part.shape[0]
+            ends.append((entry, tail, chunks, tail_write.digests, tail.stored, held, rows))
+        self._transfer("write", writes)
         with self._lock:
-            for entry, part, tail_write in zip(entries, parts, tail_writes, strict=True):
-                first, count = tail_write.first_chunk, len(tail_write.digests)
-                entry.checksums[first : first + count] = tail_write.digests
-                tail = self._tail_of(entry)
-                entry.stored = tail.stored
-                entry.held = bytes(tail.block()[: tail.held])
-                entry.rows += part.shape[0]
+            for entry, tail, chunks, digests, stored, held, rows in ends:
                 self._index.changed(entry)
+                # Assignments alone: no interrupt comes between them.
+                entry.checksums[chunks] = digests
+                entry.stored, entry.held, entry.rows, entry.tail = stored, held, rows, tail
 
     def _tail_of(self, entry: Entry) -> _core.Tail:
         """Where appends to an entry go on, found again if need be by reading its last chunk."""
@@ -537,7 +532,7 @@ class TensorStore(EntryAccess):
         def finish(error: BaseException | None) -> Any:
             try:
                 if error is not None:
-                    raise self._explain(error, entries) from error
+                    self._raise(error, entries)
                 for plan in plans:
                     for copy in plan.finish:
                         copy()
@@ -582,7 +577,7 @@ class TensorStore(EntryAccess):
         try:
             self._transfer("read", [(entry, *read) for read in reads])
         except CorruptionError as error:
-            raise self._explain(error, [entry]) from error
+            self._raise(error, [entry])
         for copy in plan.finish:
             copy()
         return memory
@@ -600,19 +595,19 @@ class TensorStore(EntryAccess):
             _drain(completions)
             raise
 
-    def _explain(self, error: BaseException, entries: Sequence[Entry]) -> BaseException:
-        """The same error, with the key of the tensor that it is about where it is corrupt."""
-        if not isinstance(error, CorruptionError):
-            return error
-        self._corruptions += 1
-        offset = getattr(error, "offset", None)
-        for entry in entries:
-            if offset is not None and 0 <= offset - entry.offset < entry.extent_bytes:
-                return CorruptionError(
-                    f"tensor {entry.key!r} is corrupt: {error}. Nothing was returned; "
-                    f"delete it or put it again"
-                )
-        return error
+    def _raise(self, error: BaseException, entries: Sequence[Entry]) -> NoReturn:
+        """Raises it, with the key of the tensor that it is about where it is corrupt."""
+        if isinstance(error, CorruptionError):
+            with self._lock:
+                self._corruptions += 1
+            offset = getattr(error, "offset", None)
+            for entry in entries:
+                if offset is not None and 0 <= offset - entry.offset < entry.extent_bytes:
+                    raise CorruptionError(
+                        f"tensor {entry.key!r} is corrupt: {error}. Nothing was returned; "
+                        f"delete it or put it again"
+                    ) from error
+        raise error
 
     def _check_tensor(self, key: str) -> None:
         with self._shared(key) as entry:
@@ -637,23 +632,8 @@ class TensorStore(EntryAccess):
             entry.checksums[(stored - 1) // entry.chunk_bytes] = checksum
         self._index.changed(entry)
 
-    def _move(self, entries: list[Entry], specs: list[Any]) -> None:
-        """Copies entries that the caller has for itself into the extents of new ones."""
-        grown = sum(
-            math.prod(shape) * tensor.itemsize(dtype) for _, shape, dtype, _ in specs
-        ) - sum(entry.extent_bytes for entry in entries)
-        group = entries[0].group
-        with self._lock:
-            crowded = self._residency.path_of(group) == "pagecache" and not self._residency.fits(
-                grown
-            )
-        if crowded:
-            self._go_direct(group)
-        with self._lock:
-            self._index.mark_dirty(self._catalog)
-            copies = self._index.create(
-                specs, [entry.group for entry in entries], self._residency, one_run=True
-            )
+    def _move(self, entries: list[Entry], copies: list[Entry]) -> None:
+        """Puts new entries, with their content, in place of those that the caller has to itself."""
         try:
             for entry, copy in zip(entries, copies, strict=True):
                 self._copy(entry, copy)
@@ -669,13 +649,55 @@ class TensorStore(EntryAccess):
                 else:
                     self._index.publish(copy, self._residency)
 
-    def _go_direct(self, group: str) -> None:
-        """set_path for a caller that has all entries of the group for itself."""
-        for entry in self._index.of_group(group):
-            if entry.extent_bytes:
-                self._paths["direct"].enter(entry.offset, entry.extent_bytes)
+    def _keys_of_group(self, group: str) -> list[str]:
+        """The keys of a group, at a moment at which these are all its tensors: none is on its way
+        in, and none is deleted but still being read."""
+        while True:
+            self._settle_tickets()
+            with self._lock:
+                self._check_open()
+                if group not in self._residency.groups:
+                    raise KeyNotFoundError(f"there is no group {group!r}")
+                keys = [entry.key for entry in self._index.of_group(group)]
+                if self._residency.groups[group].tensors == len(keys):
+                    return keys
+                if not self._tickets:
+                    self._changed.wait()
+
+    def _rebind(self, group: str, path: PathName, entries: list[Entry]) -> bool:
+        """Moves a group whose entries the caller has for itself; False if these are not all."""
         with self._lock:
-            self._residency.move(group, "direct")
+            bound = self._residency.groups[group]
+            if bound.tensors != len(entries) or any(entry.group != group for entry in entries):
+                return False
+            before = bound.path
+            if before == path:
+                return True
+            if path == "pagecache" and not self._residency.fits(bound.size_bytes):
+                raise ValueError(
+                    f"group {group!r} has {format_size(bound.size_bytes)}, and of the memory "
+                    f"budget of {format_size(self._residency.budget_bytes)} page-cached tensors "
+                    f"already take {format_size(self._residency.pagecache_bytes)}"
+                )
+            # Before the pages go: what is put from now on takes the new path.
+            self._residency.move(group, path)
+        try:
+            for entry in entries:
+                if entry.extent_bytes:
+                    self._paths[path].enter(entry.offset, entry.extent_bytes)
+        except BaseException:
+            with self._lock:
+                self._residency.move(group, before)
+            raise
+        return True
+
+    def _go_direct(self, groups: Iterable[str]) -> None:
+        """Makes room in the memory budget for groups that are about to grow."""
+        for group in groups:
+            try:
+                self.set_path(group, "direct")
+            except KeyNotFoundError:
+                continue  # deleted meanwhile
 
     def _copy(self, entry: Entry, copy: Entry) -> None:
         stored, held, checksum = self._cut(entry, entry.nbytes)
@@ -715,28 +737,43 @@ def _drain(completions: Iterable[_core.Completion]) -> None:
                 continue  # its error, or an interrupt: the caller is raising one already
 
 
-def _check_key(key: Any) -> str:
-    if not isinstance(key, str):
-        raise TypeError(f"a key is a str, not {type(key).__name__}")
+def _check_name(name: Any) -> str:
+    """A key or the name of a group, as a plain str: what a subclass shows is not what it is."""
+    if not isinstance(name, str):
+        raise TypeError(f"a key or group is a str, not {type(name).__name__}: {name!r}")
     try:
-        key.encode()
+        name.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"the key {key!r} is not valid Unicode") from None
-    return key
+        raise ValueError(f"the key or group {name!r} is not valid Unicode") from None
+    return str.__str__(name)
+
+
+def _growth(
+    specs: Iterable[Spec], groups: Iterable[str], replaced: Iterable[Entry]
+) -> dict[str, int]:
+    """Bytes by which each group grows when tensors come and others go."""
+    growth: dict[str, int] = {}
+    for (_, shape, dtype, _), group in zip(specs, groups, strict=True):
+        size_bytes = round_up(math.prod(shape) * tensor.itemsize(dtype), _core.BLOCK_BYTES)
+        growth[group] = growth.get(group, 0) + size_bytes
+    for entry in replaced:
+        if entry.group in growth:
+            growth[entry.group] -= entry.extent_bytes
+    return growth
 
 
 def _row_count(rows: Any) -> int:
-    count = operator.index(rows)
+    count = int(operator.index(rows))
     if count < 0:
         raise ValueError(f"rows={count}: a number of rows can't be negative")
     return count
 
 
 def _reservation(key: Any, shape: Sequence[int], dtype: Any) -> Spec:
-    dimensions = tuple(operator.index(length) for length in shape)
+    dimensions = tuple(int(operator.index(length)) for length in shape)
     if not dimensions or min(dimensions) < 0:
         raise ValueError(
             f"shape={shape!r} of {key!r}: a reserved tensor has at least one axis, along which it "
             f"grows, and no negative length"
         )
-    return _check_key(key), dimensions, tensor.dtype_tag(dtype), 0
+    return _check_name(key), dimensions, tensor.dtype_tag(dtype), 0

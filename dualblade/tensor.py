@@ -90,7 +90,7 @@ def dtype_tag(dtype: Any) -> str:
         return _tag_of_torch(dtype)
     if isinstance(dtype, str):
         if dtype in _ML_ITEMSIZE:
-            return dtype
+            return str.__str__(dtype)  # plain, also of a subclass such as numpy.str_
         if dtype.startswith("{"):
             return _tag_of_numpy(numpy_dtype(dtype))
     try:

@@ -49,14 +49,7 @@ class Ticket:
         deadline = None if timeout is None else time.monotonic() + timeout
         error: BaseException | None = None
         for completion in self._completions:
-            try:
-                completion.wait(
-                    None if deadline is None else max(0.0, deadline - time.monotonic())
-                )
-            except Exception as problem:
-                if not completion.done():
-                    raise  # TimeoutError: not the operation's, ours
-                error = error or problem
+            error = _outcome(completion, deadline) or error
         with self._lock:
             if self._is_settled:
                 return
@@ -72,6 +65,21 @@ class Ticket:
     def __await__(self) -> Generator[Any, None, Any]:
         # The wait is in C without the GIL: a thread of the loop's executor costs only itself.
         return asyncio.get_running_loop().run_in_executor(None, self.result).__await__()
+
+
+def _outcome(completion: Completion, deadline: float | None) -> Exception | None:
+    """What went wrong with a batch, once it is done. Raises TimeoutError."""
+    while True:
+        try:
+            completion.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        except Exception as problem:
+            if not completion.done():
+                raise
+            if not isinstance(problem, TimeoutError):
+                return problem
+            # It was done just after the time was up: once more, for what came of it.
+        else:
+            return None
 
 
 def _nothing(error: BaseException | None) -> None:

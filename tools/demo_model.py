@@ -4,9 +4,11 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # Nothing is ever downloaded: the weights come with a Python package or from the disk.
@@ -86,14 +88,12 @@ def converted(file: Path, dtype: str, say: Say) -> Path:
     return folder if folder.is_dir() else _convert(file, folder, dtype, say)
 
 
-def _workshop() -> Any:
+@contextmanager
+def _workshop() -> Iterator[Path]:
+    """A folder beside the kept ones, removed at the end."""
     cache_folder().mkdir(parents=True, exist_ok=True)
-
-    class Workshop(tempfile.TemporaryDirectory):
-        def __enter__(self) -> Path:
-            return Path(super().__enter__())
-
-    return Workshop(prefix="converting-", dir=cache_folder())
+    with tempfile.TemporaryDirectory(prefix="converting-", dir=cache_folder()) as name:
+        yield Path(name)
 
 
 def _convert(file: Path, folder: Path, dtype: str, say: Say) -> Path:
@@ -124,8 +124,6 @@ class Bytes:
 
     def __call__(self, text: str) -> Any:
         """What a tokenizer gives, as far as it is used here."""
-        from types import SimpleNamespace
-
         return SimpleNamespace(input_ids=list(text.encode()))
 
     def decode(self, ids: list[int]) -> str:

@@ -236,10 +236,7 @@ class DualBladeLayer(CacheLayerMixin):
         self._backing = backing
         self._index = -1
         self.sliding_window = sliding_window
-
-    @property
-    def is_sliding(self) -> bool:
-        return self.sliding_window is not None
+        self.is_sliding = sliding_window is not None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes room in the store for tensors like these, [batch, kv_heads, any, dim]."""
@@ -255,12 +252,12 @@ class DualBladeLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores new tokens; returns all that attention is to see, the new ones included.
 
         Tensors are [batch, kv_heads, tokens, dim]. Those returned may be views of token-major
-        memory, with another order of strides than DynamicCache's but the same results.
+        memory: attention over them gives the same bits as over DynamicCache's.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -353,15 +350,18 @@ def _refuse_other_devices(states: torch.Tensor) -> None:
 
 
 def _heads_first(rows: np.ndarray) -> torch.Tensor:
-    """[tokens, batch, kv_heads, dim] as [batch, kv_heads, tokens, dim]: a view where it can be.
+    """[tokens, batch, kv_heads, dim] as [batch, kv_heads, tokens, dim].
 
-    Attention gives the same bits for a view as for DynamicCache's contiguous tensors as long as
-    each row of dim numbers starts on a line in both layouts. Where that does not hold it is copied
-    into the very layout that DynamicCache has.
+    Of float32 a view: attention is as fast on it, and gives the same bits as on DynamicCache's
+    contiguous tensors as long as each row of dim numbers starts on a line in both layouts. Where
+    that does not hold, and of the half precisions, a copy in DynamicCache's layout: over strided
+    rows their CPU kernels lose several times what the copy takes.
     """
     states = to_torch(rows).permute(1, 2, 0, 3)
-    if states.shape[-1] * states.element_size() % _LINE_BYTES == 0:
-        return states if states.data_ptr() % _LINE_BYTES == 0 else _in_torch_layout(states)
+    item_bytes = states.element_size()
+    on_lines = (states.data_ptr() | states.shape[-1] * item_bytes) % _LINE_BYTES == 0
+    if item_bytes >= torch.float32.itemsize and on_lines:
+        return states
     return _in_torch_layout(states)
 
 
