@@ -70,14 +70,17 @@ class Entry:
 
     @property
     def capacity_rows(self) -> int:
+        """Rows that there is room for; a tensor without axes is one."""
         return self.capacity[0] if self.capacity else 1
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of what is stored now."""
         return (self.rows, *self.capacity[1:]) if self.capacity else ()
 
     @property
     def nbytes(self) -> int:
+        """Bytes of what is stored now, those held back included."""
         return self.rows * self.row_bytes
 
     @property
@@ -86,6 +89,7 @@ class Entry:
         return self.checksums[: -(-self.stored // self.chunk_bytes)]
 
     def info(self, path: str) -> TensorInfo:
+        """What callers may know of it."""
         return TensorInfo(
             key=self.key,
             shape=self.shape,

@@ -3,6 +3,7 @@ was last saved. The store's lock guards every call."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -48,12 +49,14 @@ class Index:
         return len(self.entries)
 
     def find(self, key: str) -> Entry:
+        """The entry of a key. Raises KeyNotFoundError."""
         try:
             return self.entries[key]
         except KeyError:
             raise KeyNotFoundError(f"there is no tensor {key!r} in this store") from None
 
     def of_group(self, group: str) -> list[Entry]:
+        """The entries of a group, which may not exist."""
         return [entry for entry in self.entries.values() if entry.group == group]
 
     # ---- entries come and go ----------------------------------------------------------------
@@ -109,7 +112,7 @@ class Index:
         offsets: list[int] = []
         try:
             for size in sizes:
-                offsets.append(self._allocate(size) if size else 0)
+                offsets.append(self._allocate(size) if size else 0)  # noqa: PERF401  undone below
         except BaseException:
             for offset, size in zip(offsets, sizes, strict=False):
                 if size:
@@ -278,7 +281,7 @@ class Index:
         problems = []
         try:
             self.extents.verify()
-        except Exception as error:
+        except CorruptionError as error:
             problems.append(f"the extent map is inconsistent: {error}")
         used = self.extents.total_bytes - self.extents.free_bytes - self._data_offset
         if used != self._used_bytes:
@@ -288,7 +291,7 @@ class Index:
             for entry in self.entries.values()
             if entry.extent_bytes
         )
-        for (offset, size, key), (after, _, other) in zip(runs, runs[1:], strict=False):
+        for (offset, size, key), (after, _, other) in itertools.pairwise(runs):
             if offset + size > after:
                 problems.append(f"tensors {key!r} and {other!r} overlap at byte {after}")
         return problems

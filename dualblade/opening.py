@@ -150,9 +150,7 @@ def _fallbacks(device: _core.Device, engine: str) -> list[str]:
             f"page cache too; for full speed put the store on ext4, xfs or a block device"
         )
     elif engine == "auto":
-        refused = [
-            f"{name} ({reason})" for name, reason in info.engines_refused.items() if reason
-        ]
+        refused = [f"{name} ({reason})" for name, reason in info.engines_refused.items() if reason]
         if refused:
             notes.append(f"using the {info.engine} engine, because of {', '.join(refused)}")
     for note in notes:
@@ -168,7 +166,15 @@ def _fallbacks(device: _core.Device, engine: str) -> list[str]:
 @contextmanager
 def _created(path: str, size_bytes: int | None, create: bool | None) -> Iterator[bool]:
     """Makes the file if it is to be made; whether it was. Removed again if what follows fails."""
-    if os.path.lexists(path):
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        exists = False
+    except OSError as error:
+        raise device_error(error.errno or errno.EIO, device=path, operation="open") from error
+    else:
+        exists = True
+    if exists:
         if create:
             raise DeviceError(
                 errno.EEXIST,
@@ -225,9 +231,7 @@ def _set_size(found: Target, size_bytes: int | None) -> None:
 # ---- the store on it ----------------------------------------------------------------------------
 
 
-def _load(
-    device: _core.Device, found: Target, residency: Residency
-) -> tuple[Index, Catalog]:
+def _load(device: _core.Device, found: Target, residency: Residency) -> tuple[Index, Catalog]:
     if found.header is None:
         header = _format(device)
         path = catalog_path(found.path, found.kind, header.store_id)
@@ -259,7 +263,9 @@ def _load(
     return index, catalog
 
 
-def _drop_unclean(catalog: Catalog, path: os.PathLike[str], header: Header, found: Target) -> Catalog:
+def _drop_unclean(
+    catalog: Catalog, path: os.PathLike[str], header: Header, found: Target
+) -> Catalog:
     """Without durability nothing says which of a killed process's writes arrived: better nothing
     than a mixture of old and new."""
     count = sum(1 for _ in catalog.records())

@@ -119,10 +119,9 @@ class TensorStore(EntryAccess):
                     raise ValueError(
                         f"{taken[0]!r} is stored already: delete it before it is reserved anew"
                     )
-                crowded = self._residency.crowded(_growth(specs, groups, []))
+                entries, crowded = self._allocate(specs, groups, one_run=True)
                 if not crowded:
-                    self._index.mark_dirty(self._catalog)
-                    for entry in self._index.create(specs, groups, self._residency, one_run=True):
+                    for entry in entries:
                         self._index.publish(entry, self._residency)
                     return
             self._go_direct(crowded)
@@ -161,9 +160,7 @@ class TensorStore(EntryAccess):
                 if not entry.capacity:
                     raise ValueError(f"{entry.key!r} has no axis to be truncated along")
                 if count > entry.rows:
-                    raise ValueError(
-                        f"{entry.key!r} has {entry.rows} rows: it can't keep {count}"
-                    )
+                    raise ValueError(f"{entry.key!r} has {entry.rows} rows: it can't keep {count}")
                 cuts.append((entry, count, *self._cut(entry, count * entry.row_bytes)))
             with self._lock:
                 self._index.mark_dirty(self._catalog)
@@ -188,11 +185,7 @@ class TensorStore(EntryAccess):
                         )
                     specs.append((entry.key, (count, *entry.capacity[1:]), entry.dtype, 0))
                 groups = [entry.group for entry in entries]
-                with self._lock:
-                    crowded = self._residency.crowded(_growth(specs, groups, entries))
-                    if not crowded:
-                        self._index.mark_dirty(self._catalog)
-                        copies = self._index.create(specs, groups, self._residency, one_run=True)
+                copies, crowded = self._allocate(specs, groups, entries, one_run=True)
                 if not crowded:
                     self._move(entries, copies)
                     return
@@ -240,6 +233,7 @@ class TensorStore(EntryAccess):
 
     @property
     def closed(self) -> bool:
+        """Whether `close()` was called, or the process forked."""
         return self._state != "open"
 
     def set_path(self, group: str, path: PathName) -> None:
@@ -434,12 +428,33 @@ class TensorStore(EntryAccess):
                 else:
                     groups = [key if old is None else old.group for key, old in found.items()]
                 replaced = [old for old in found.values() if old is not None]
-                crowded = self._residency.crowded(_growth(specs, groups, replaced))
+                entries, crowded = self._allocate(specs, groups, replaced)
                 if not crowded:
-                    self._index.mark_dirty(self._catalog)
-                    return self._index.create(specs, groups, self._residency, one_run=False)
+                    return entries
                 self._leave()
             self._go_direct(crowded)
+
+    def _allocate(
+        self,
+        specs: Sequence[Spec],
+        groups: Sequence[str],
+        replaced: Iterable[Entry] = (),
+        *,
+        one_run: bool = False,
+    ) -> tuple[list[Entry], list[str]]:
+        """New entries in place of some; or none, and the groups that have to go direct before.
+
+        Raises NoSpaceError, and that first: no group goes direct for what has no room anyway.
+        """
+        with self._lock:
+            crowded = self._residency.crowded(_growth(specs, groups, replaced))
+            self._index.mark_dirty(self._catalog)
+            entries = self._index.create(specs, groups, self._residency, one_run=one_run)
+            if not crowded:
+                return entries, []
+            for entry in entries:
+                self._index.discard(entry, self._residency)
+            return [], crowded
 
     def _append(self, entries: list[Entry], parts: list[tensor.Tensor]) -> None:
         with self._lock:
@@ -452,9 +467,7 @@ class TensorStore(EntryAccess):
             tail_write = tail.append(part.data)
             for offset, data in tail_write.requests:
                 writes.append((entry, (entry.offset + offset, data), None))
-            chunks = slice(
-                tail_write.first_chunk, tail_write.first_chunk + len(tail_write.digests)
-            )
+            chunks = slice(tail_write.first_chunk, tail_write.first_chunk + len(tail_write.digests))
             held = bytes(tail.block()[: tail.held])
             rows = entry.rows + part.shape[0]
             ends.append((entry, tail, chunks, tail_write.digests, tail.stored, held, rows))

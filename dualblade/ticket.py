@@ -57,7 +57,7 @@ class Ticket:
                 self._value = self._finish(error)
                 self._error = error
             except Exception as problem:
-                self._error = error or problem
+                self._error = problem
             self._is_settled = True
             self._completions = ()
             self._finish = _nothing

@@ -17,6 +17,7 @@ except ImportError as error:
     )
     raise ImportError(message) from error
 
+from dualblade._core import aligned_empty
 from dualblade.errors import ClosedError, UnsupportedError
 from dualblade.kvcache import KVCache
 from dualblade.tensor import to_torch
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 # torch's own allocations start on such a line. BLAS kernels choose their code path by the address
 # they are given, and another path rounds differently: what is handed out starts on one as well.
 _LINE_BYTES = 64
+# malloc keeps what is freed, up to 32 MiB a piece, for the next to ask: where memory is short that
+# is a layer too many. Copies from this size on are mapped and unmapped.
+_LARGE_BYTES = 1 << 20
 
 
 class DualBladeCache(Cache):
@@ -271,7 +275,7 @@ class DualBladeLayer(CacheLayerMixin):
         if window is None or new == 1 or past + new <= window:
             self._append(kv, key_states, value_states)
             keys, values = kv.fetch(self._index)
-            return _heads_first(keys), _heads_first(values)
+            return _for_attention(keys), _for_attention(values)
         # The first of several new tokens sees window - 1 tokens before it: more than the window
         # that reaches back from the last one, so these are read before the new ones are stored.
         keys, values = kv.fetch(self._index)
@@ -283,7 +287,7 @@ class DualBladeLayer(CacheLayerMixin):
         )
 
     def _append(self, kv: KVCache, keys: torch.Tensor, values: torch.Tensor) -> None:
-        kv.append(self._index, *(rows.detach().permute(2, 0, 1, 3) for rows in (keys, values)))
+        kv.append(self._index, *(new.detach().permute(2, 0, 1, 3) for new in (keys, values)))
 
     def get_seq_length(self) -> int:
         """Tokens stored, those outside of the window included."""
@@ -350,19 +354,27 @@ def _refuse_other_devices(states: torch.Tensor) -> None:
 
 
 def _heads_first(rows: np.ndarray) -> torch.Tensor:
-    """[tokens, batch, kv_heads, dim] as [batch, kv_heads, tokens, dim].
+    """[tokens, batch, kv_heads, dim] seen as [batch, kv_heads, tokens, dim]."""
+    return to_torch(rows).permute(1, 2, 0, 3)
+
+
+def _for_attention(rows: np.ndarray) -> torch.Tensor:
+    """[tokens, batch, kv_heads, dim] as attention takes it, [batch, kv_heads, tokens, dim].
 
     Of float32 a view: attention is as fast on it, and gives the same bits as on DynamicCache's
     contiguous tensors as long as each row of dim numbers starts on a line in both layouts. Where
     that does not hold, and of the half precisions, a copy in DynamicCache's layout: over strided
     rows their CPU kernels lose several times what the copy takes.
     """
-    states = to_torch(rows).permute(1, 2, 0, 3)
-    item_bytes = states.element_size()
-    on_lines = (states.data_ptr() | states.shape[-1] * item_bytes) % _LINE_BYTES == 0
-    if item_bytes >= torch.float32.itemsize and on_lines:
+    states = _heads_first(rows)
+    starts_on_line = states.data_ptr() % _LINE_BYTES == 0
+    rows_on_lines = states.shape[-1] * states.element_size() % _LINE_BYTES == 0
+    is_wide = states.element_size() >= torch.float32.itemsize
+    if starts_on_line and (states.is_contiguous() or (is_wide and rows_on_lines)):
         return states
-    return _in_torch_layout(states)
+    if rows.nbytes < _LARGE_BYTES:
+        return _in_torch_layout(states)
+    return to_torch(aligned_empty(tuple(states.shape), rows.dtype)).copy_(states)
 
 
 def _in_torch_layout(states: torch.Tensor) -> torch.Tensor:

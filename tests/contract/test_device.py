@@ -231,9 +231,7 @@ def test_checksums_are_filled_in_and_compared(device: _core.Device, path: str, s
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_one_wrong_bit_is_corruption_at_its_chunk(
-    target: Target, device: _core.Device, path: str
-):
+def test_one_wrong_bit_is_corruption_at_its_chunk(target: Target, device: _core.Device, path: str):
     data = noise(6 * CHUNK, 6)
     sums = np.zeros(6, np.uint64)
     device.write([(CHUNK, data)], checksums=[sums]).wait()
@@ -312,9 +310,7 @@ def test_batches_may_be_waited_for_in_any_order(device: _core.Device):
     parts = [noise(dice.randrange(1, 3 * CHUNK), i) for i in range(50)]
     stride = 4 * CHUNK
     for path in PATHS:
-        pending = [
-            device.write([(i * stride, part)], path=path) for i, part in enumerate(parts)
-        ]
+        pending = [device.write([(i * stride, part)], path=path) for i, part in enumerate(parts)]
         dice.shuffle(pending)
         for done in pending:
             done.wait()

@@ -69,9 +69,7 @@ def test_a_device_that_holds_no_store_is_refused(target: Target, engine: str):
         assert file.read() == before
 
 
-def test_a_formatted_device_is_opened_as_it_is(
-    target: Target, engine: str, state_directory: Path
-):
+def test_a_formatted_device_is_opened_as_it_is(target: Target, engine: str, state_directory: Path):
     with format_store(target, engine) as store:
         assert store.stats()["engine"] == engine
         assert store.stats()["fallbacks"] == []

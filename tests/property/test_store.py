@@ -394,6 +394,7 @@ class StoreMachine(RuleBasedStateMachine):
         group = self.model[self.key(data)].group
         members = [key for key in self.model if self.model[key].group == group]
         size = sum(self.model[key].extent_bytes for key in members)
+        before = self.store.info(members[0]).path
         try:
             self.store.set_path(group, path)
         except ValueError:
@@ -403,7 +404,7 @@ class StoreMachine(RuleBasedStateMachine):
         for key in members:
             info = self.store.info(key)
             assert info.path == path
-            if path == "direct":
+            if before == "pagecache" and path == "direct":
                 assert self.store._device.cached_bytes(info.offset, info.extent_bytes) == (0, 0)
 
     @rule()

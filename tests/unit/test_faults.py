@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import threading
 import time
@@ -35,8 +36,10 @@ ATTEMPTS_MAX = 300  # far more I/Os than any operation here takes
 
 
 @pytest.fixture
-def faulty(fault_device: Callable[..., FaultDevice]) -> FaultDevice:
-    return fault_device(12 * MIB)
+def faulty(fault_device: Callable[..., FaultDevice]) -> Iterator[FaultDevice]:
+    made = fault_device(12 * MIB)
+    yield made
+    made.medium.unlink()  # many tests of many megabytes
 
 
 @pytest.fixture
@@ -196,9 +199,7 @@ def test_delayed_requests_arrive(device: _core.Device, faulty: FaultDevice):
 
 
 @pytest.mark.parametrize("skew", [0, 1])
-def test_what_the_medium_lost_is_corruption(
-    device: _core.Device, faulty: FaultDevice, skew: int
-):
+def test_what_the_medium_lost_is_corruption(device: _core.Device, faulty: FaultDevice, skew: int):
     """A flipped bit, a torn and a dropped write: the checksum of the chunk says so."""
     data = aligned(noise(4 * CHUNK + skew, 1))[skew:]
     sums = np.zeros(4, np.uint64)
@@ -229,6 +230,12 @@ def test_a_failed_flush_and_discard_say_so(device: _core.Device, faulty: FaultDe
 
 
 # ---- the store: every I/O of every operation fails once ------------------------------------------
+
+
+def live() -> dict[str, int]:
+    """What is alive in the C core, but for tails, which come and go with appends."""
+    gc.collect()  # an error and its traceback are a cycle, which holds the buffers of its frames
+    return {name: count for name, count in _core.counters().items() if name != "tails"}
 
 
 class State(NamedTuple):
@@ -285,12 +292,18 @@ OPERATIONS: dict[str, Callable[[dualblade.TensorStore], object]] = {
 }
 
 
-@pytest.fixture(params=["direct", "pagecache"])
-def store(
-    request: pytest.FixtureRequest, faulty: FaultDevice, engine: str
-) -> Iterator[dualblade.TensorStore]:
-    opened = dualblade.open(faulty.path, format=True, engine=engine, policy=request.param)
-    with opened:
+# The page-cache path is the same whatever the engine of the other one.
+@pytest.fixture(params=["uring-direct", "aio-direct", "threads-direct", "threads-pagecache"])
+def options(request: pytest.FixtureRequest, engine_refusals: dict[str, str]) -> dict[str, Any]:
+    engine, _, policy = request.param.partition("-")
+    if engine in engine_refusals:
+        pytest.skip(f"engine {engine}: {engine_refusals[engine]}")
+    return {"engine": engine, "policy": policy}
+
+
+@pytest.fixture
+def store(faulty: FaultDevice, options: dict[str, Any]) -> Iterator[dualblade.TensorStore]:
+    with dualblade.open(faulty.path, format=True, **options) as opened:
         fill(opened)
         faulty.clear()
         yield opened
@@ -308,7 +321,7 @@ def assert_named(error: DeviceError, faulty: FaultDevice, kind: str, name: str) 
     else:
         assert error.operation == kind
         assert error.offset % BLOCK == 0
-        assert 0 < error.length
+        assert error.length > 0
         assert str(error.offset) in str(error)
 
 
@@ -318,7 +331,7 @@ def test_the_nth_io_fails_for_every_n(
 ):
     act = OPERATIONS[operation]
     before = state_of(store)
-    live = _core.counters()
+    alive = live()
     faults = [(kind, name) for kind in ("read", "write") for name in ("EIO", "ENOSPC")]
     faults = [fault for fault in faults if fault != ("read", "ENOSPC")]
     succeeded = 0
@@ -336,7 +349,7 @@ def test_the_nth_io_fails_for_every_n(
                 break
             assert faulty.stats()["fired"] == 1
             faulty.clear()
-            assert _core.counters() == live
+            assert live() == alive
             assert state_of(store) == before
         faulty.clear()
         after = state_of(store)
@@ -366,7 +379,7 @@ def test_operations_do_what_they_should_without_faults(store: dualblade.TensorSt
 
 @pytest.mark.parametrize("kind", ["read", "write", "fsync"])
 def test_a_flush_that_fails_is_done_again(
-    store: dualblade.TensorStore, faulty: FaultDevice, engine: str, kind: str
+    store: dualblade.TensorStore, faulty: FaultDevice, options: dict[str, Any], kind: str
 ):
     store.put("new", noise(100_000, 5))
     store.append("rows", noise(5_500, 6)[:5_000].reshape(5, 1000))
@@ -386,19 +399,19 @@ def test_a_flush_that_fails_is_done_again(
         assert state_of(store) == before
         store.append("rows", noise(1000, n)[None])  # so that there is something to save again
         store.truncate("rows", 305)
-    assert (n > 1) == (kind != "read")
+    if kind != "read":
+        assert n > 1
     faulty.clear()
     store.flush()
     assert state_of(store) == before
-    policy = store.stats()["policy"]
     store.close()
-    with dualblade.open(faulty.path, engine=engine, policy=policy) as again:
+    with dualblade.open(faulty.path, **options) as again:
         assert state_of(again) == before
 
 
 @pytest.mark.parametrize("kind", ["write", "fsync"])
 def test_a_close_that_fails_closes(
-    store: dualblade.TensorStore, faulty: FaultDevice, engine: str, kind: str
+    store: dualblade.TensorStore, faulty: FaultDevice, options: dict[str, Any], kind: str
 ):
     store.append("rows", noise(5_500, 6)[:5_000].reshape(5, 1000))
     faulty.fail_nth(kind, "EIO", 1)
@@ -410,7 +423,7 @@ def test_a_close_that_fails_closes(
     assert not any(_core.counters()[name] for name in ("devices", "requests", "batches"))
     # What was not saved is not there: never a mixture of old and new.
     with pytest.warns(DualbladeWarning, match="starts empty"):
-        again = dualblade.open(faulty.path, engine=engine)
+        again = dualblade.open(faulty.path, **options)
     with again:
         assert again.keys() == []
         assert again.check() == []
@@ -424,16 +437,20 @@ def test_an_open_that_fails_leaves_nothing_open(
     if not formats:
         with dualblade.open(faulty.path, format=True, engine=engine) as store:
             store.put("a", noise(100_000, 1))
-    live = _core.counters()
+        del store
+    alive = live()
     for n in range(1, ATTEMPTS_MAX):
         faulty.clear()
         faulty.fail_nth(kind, "EIO", n)
+        store = message = None
         try:
             store = dualblade.open(faulty.path, format=formats, engine=engine)
         except DeviceError as error:
-            assert error.errno == errno.EIO
-            assert str(faulty.path) in str(error)
-            assert _core.counters() == live
+            message = f"{error.errno} {error}"
+        if store is None:
+            assert message.startswith(str(errno.EIO))
+            assert str(faulty.path) in message
+            assert live() == alive
             continue
         with store:
             fired = faulty.stats()["fired"]
@@ -489,11 +506,10 @@ def test_a_lost_append_is_never_returned(
 # ---- a file that is cut behind the store's back --------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", ["direct", "pagecache"])
-def test_a_truncated_file_gives_no_data(tmp_path: Path, engine: str, policy: str):
+def test_a_truncated_file_gives_no_data(tmp_path: Path, options: dict[str, Any]):
     path = tmp_path / "kv.img"
     data = noise(2 * MIB, 1)
-    with dualblade.open(path, size="12MiB", engine=engine, policy=policy) as store:
+    with dualblade.open(path, size="12MiB", **options) as store:
         store.put("first", data)
         store.put("second", data)
         store.flush()
@@ -512,5 +528,5 @@ def test_a_truncated_file_gives_no_data(tmp_path: Path, engine: str, policy: str
         assert store.check() == []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with dualblade.open(path, engine=engine, policy=policy) as store:
+        with dualblade.open(path, **options) as store:
             assert np.array_equal(store.get("second"), data)

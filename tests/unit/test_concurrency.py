@@ -1,0 +1,577 @@
+"""Many threads on one store: oracles that each keeps, closing in the midst of it, and waiting."""
+
+from __future__ import annotations
+
+import _thread
+import asyncio
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+import dualblade
+from dualblade.errors import ClosedError, KeyNotFoundError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+MIB = 1 << 20
+CHUNK = 256 << 10
+TIMEOUT_S = 60
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "kv.img"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[dualblade.TensorStore]:
+    with dualblade.open(path, size="64MiB", memory="2MiB") as opened:
+        yield opened
+
+
+def noise(size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
+
+
+def at_once(*works: Callable[[], Any]) -> list[Any]:
+    """Runs these in threads that start together; their results, or the first one's error."""
+    barrier = threading.Barrier(len(works))
+
+    def run(work: Callable[[], Any]) -> Any:
+        barrier.wait(TIMEOUT_S)
+        return work()
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        futures = [pool.submit(run, work) for work in works]
+        return [future.result(TIMEOUT_S) for future in futures]
+
+
+# ---- threads with keys of their own --------------------------------------------------------------
+
+
+class Worker:
+    """One thread's part of a store, and what it should hold."""
+
+    def __init__(self, store: dualblade.TensorStore, number: int) -> None:
+        self.store = store
+        self.random = np.random.default_rng(number)
+        self.name = f"{number}/"
+        self.group = f"group {number % 2}"  # shared by several threads, moved by all
+        self.whole: dict[str, np.ndarray] = {}
+        self.rows = np.empty((0, 300), np.uint8)
+        self.reads: list[tuple[dualblade.Ticket, np.ndarray]] = []
+        store.reserve(self.name + "rows", (4000, 300), "uint8", group=self.group)
+
+    def step(self) -> None:
+        random = self.random
+        key = self.name + str(random.integers(3))
+        action = random.choice(
+            ["put", "put_async", "get", "get_async", "append", "truncate", "delete", "path", "info"]
+        )
+        if action in ("put", "put_async"):
+            array = noise(int(random.choice([0, 100, 4096, 300_000])), int(random.integers(1000)))
+            getattr(self.store, action)(key, array, group=self.group)
+            self.whole[key] = array
+        elif action == "delete" and key in self.whole:
+            self.store.delete(key)
+            del self.whole[key]
+            assert key not in self.store
+        elif action == "get" and key in self.whole:
+            np.testing.assert_array_equal(self.store.get(key), self.whole[key])
+        elif action == "get_async":
+            self.reads.append((self.store.get_async(self.name + "rows"), self.rows))
+        elif action == "append":
+            rows = noise(300 * int(random.choice([1, 7, 200]))).reshape(-1, 300)
+            if len(self.rows) + len(rows) <= 4000:
+                self.store.append(self.name + "rows", rows)
+                self.rows = np.concatenate([self.rows, rows])
+        elif action == "truncate":
+            count = int(random.integers(len(self.rows) + 1))
+            self.store.truncate(self.name + "rows", count)
+            self.rows = self.rows[:count]
+        elif action == "path":
+            try:
+                self.store.set_path(self.group, str(random.choice(["direct", "pagecache"])))
+            except ValueError as error:
+                assert "memory budget" in str(error)
+        elif action == "info":
+            assert self.store.info(self.name + "rows").rows == len(self.rows)
+
+    def run(self, steps: int) -> None:
+        for _ in range(steps):
+            self.step()
+        self.compare(self.store)
+
+    def compare(self, store: dualblade.TensorStore) -> None:
+        for ticket, expected in self.reads:
+            np.testing.assert_array_equal(ticket.result(TIMEOUT_S), expected)
+        assert set(store.keys(self.name)) == {*self.whole, self.name + "rows"}
+        for key, array in self.whole.items():
+            np.testing.assert_array_equal(store.get(key), array)
+        np.testing.assert_array_equal(store.get(self.name + "rows"), self.rows)
+
+
+def test_threads_do_not_disturb_each_other(path: Path) -> None:
+    with dualblade.open(path, size="64MiB", memory="2MiB") as store:
+        workers = [Worker(store, number) for number in range(6)]
+        at_once(
+            *(lambda worker=worker: worker.run(120) for worker in workers),
+            lambda: [store.flush() for _ in range(10)],
+            lambda: [store.check() for _ in range(3)],
+        )
+        assert store.check() == []
+        stats = store.stats()
+        assert stats["operations_active"] == 0
+        assert stats["pagecache_bytes"] <= stats["memory_budget_bytes"]
+        taken = sum(store.info(key).extent_bytes for key in store.keys())
+        assert stats["free_bytes"] == 63 * MIB - taken
+    with dualblade.open(path) as store:
+        for worker in workers:
+            worker.reads.clear()
+            worker.compare(store)
+
+
+def test_a_shared_key_always_holds_something_whole(store: dualblade.TensorStore) -> None:
+    """Whoever reads while others put, delete and move a tensor finds one of theirs or none."""
+
+    def write(number: int) -> None:
+        for i in range(60):
+            store.put("x", np.full(CHUNK + 1000 * number, number, np.uint8))
+            if i % 5 == number:
+                try:
+                    store.delete("x")
+                except KeyNotFoundError:
+                    pass
+
+    def read() -> None:
+        for _ in range(120):
+            try:
+                found = store.get("x")
+            except KeyNotFoundError:
+                continue
+            assert len(found) == CHUNK + 1000 * int(found[0])
+            assert (found == found[0]).all()
+
+    def move() -> None:
+        for i in range(60):
+            try:
+                store.set_path("x", ("direct", "pagecache")[i % 2])
+            except KeyNotFoundError:
+                pass
+
+    at_once(*(lambda n=n: write(n) for n in range(3)), read, read, move)
+    assert store.check() == []
+    assert store.stats()["free_bytes"] == 63 * MIB - sum(
+        store.info(key).extent_bytes for key in store.keys()
+    )
+
+
+def test_rows_appended_by_many_threads_are_all_there(store: dualblade.TensorStore) -> None:
+    store.reserve("x", (800, 100), "uint16")
+
+    def append(number: int) -> None:
+        for i in range(100):
+            store.append("x", np.full((2, 100), number * 100 + i, np.uint16))
+
+    def read() -> None:
+        rows = 0
+        while rows < 800:
+            found = store.get("x")
+            assert len(found) >= rows
+            rows = len(found)
+            assert (found == found[:, :1]).all()
+            assert (found[::2] == found[1::2]).all()
+
+    at_once(*(lambda n=n: append(n) for n in range(4)), read, read)
+    found = store.get("x")[::2, 0]
+    for number in range(4):
+        own = [value for value in found if value // 100 == number]
+        assert own == list(range(number * 100, number * 100 + 100))
+
+
+def test_an_append_beside_a_delete_leaves_nothing_behind(path: Path) -> None:
+    """What an append finishes after the tensor was deleted must not bring it back."""
+    with dualblade.open(path, size="16MiB", memory="1MiB") as store:
+        for i in range(40):
+            store.reserve("x", (64, 4096), "uint8")
+
+            def append(count: int = 1 + i % 7) -> None:
+                try:
+                    for _ in range(8):
+                        store.append("x", np.zeros((count, 4096), np.uint8))
+                except KeyNotFoundError:
+                    pass
+
+            at_once(append, lambda: store.delete("x"))
+        store.put("y", noise(MIB))
+    with dualblade.open(path) as store:
+        assert store.keys() == ["y"]
+        assert store.stats()["free_bytes"] == 14 * MIB
+
+
+def test_threads_that_put_into_one_group_keep_the_budget(path: Path) -> None:
+    with dualblade.open(path, size="64MiB", memory="2MiB") as store:
+
+        def put(number: int) -> None:
+            for i in range(20):
+                store.put(f"{number}/{i}", noise(64 << 10), group=f"g{i % 4}")
+                stats = store.stats()
+                assert stats["pagecache_bytes"] <= stats["memory_budget_bytes"]
+
+        at_once(*(lambda n=n: put(n) for n in range(6)))
+        paths = {group["path"] for group in store.stats()["groups"].values()}
+        assert "direct" in paths
+
+
+# ---- program order, and tickets ------------------------------------------------------------------
+
+
+def test_a_key_put_by_two_threads_keeps_the_order_of_each(store: dualblade.TensorStore) -> None:
+    """After a thread's put_async and delete, its own put can't come back: only the other's."""
+
+    def work(number: int) -> None:
+        for _ in range(40):
+            store.put_async("x", np.full(300_000, number, np.uint8))
+            store.put_async("x", np.full(300_000, number + 10, np.uint8))
+            found = store.get("x")[0]
+            assert found != number
+            store.put("own" + str(number), noise(10))
+
+    at_once(lambda: work(1), lambda: work(2), lambda: work(3))
+    assert store.check() == []
+
+
+@pytest.fixture
+def slow(fault_device: Callable[..., Any]) -> Iterator[tuple[Any, dualblade.TensorStore]]:
+    """A device on which operations can be held, and a store on it with "x", 1 MiB."""
+    device = fault_device()
+    with dualblade.open(device.path, format=True, policy="direct") as store:
+        store.put("x", noise(MIB))
+        yield device, store
+        device.clear()
+
+
+def test_a_ticket_times_out_and_then_succeeds(slow: Any) -> None:
+    device, store = slow
+    device.add_rule("read", "hold")
+    ticket = store.get_async("x")
+    device.wait_held(1)
+    for _ in range(3):
+        with pytest.raises(TimeoutError, match="still in flight"):
+            ticket.result(timeout=0.01)
+        with pytest.raises(TimeoutError):
+            ticket.result(timeout=0)
+        assert not ticket.done()
+    device.release()
+    np.testing.assert_array_equal(ticket.result(TIMEOUT_S), noise(MIB))
+    assert ticket.done()
+
+
+def test_a_time_out_at_the_last_moment_loses_nothing(store: dualblade.TensorStore) -> None:
+    """A read that is done just as the time is up succeeds all the same."""
+    store.put("x", noise(CHUNK))
+    for _ in range(300):
+        ticket = store.get_async("x")
+        while True:
+            try:
+                found = ticket.result(timeout=0)
+            except TimeoutError:
+                assert not ticket._is_settled
+            else:
+                break
+        assert len(found) == CHUNK
+
+
+def test_a_put_that_nobody_waited_for_is_there_for_the_next(slow: Any) -> None:
+    device, store = slow
+    device.add_rule("write", "hold")
+    ticket = store.put_async("y", noise(100, 1))
+    device.wait_held(1)
+    assert not ticket.done()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(store.get, "y")
+        np.testing.assert_array_equal(store.get("x"), noise(MIB))  # another key does not wait
+        assert not waiting.done()
+        device.release()
+        np.testing.assert_array_equal(waiting.result(TIMEOUT_S), noise(100, 1))
+    assert ticket.done()
+
+
+def test_a_truncate_waits_for_readers_and_for_tickets_that_nobody_waits_for(slow: Any) -> None:
+    device, store = slow
+    device.add_rule("read", "hold")
+    forgotten = store.get_async("x")
+    device.wait_held(1)
+    with ThreadPoolExecutor(2) as pool:
+        truncating = pool.submit(store.truncate, "x", 5)
+        reading = pool.submit(store.get, "x")
+        device.release()
+        truncating.result(TIMEOUT_S)
+        assert len(reading.result(TIMEOUT_S)) in (5, MIB)
+    np.testing.assert_array_equal(forgotten.result(), noise(MIB))
+    np.testing.assert_array_equal(store.get("x"), noise(5))
+
+
+def test_reads_that_begin_while_another_thread_truncates_block_nobody(
+    store: dualblade.TensorStore,
+) -> None:
+    """Threads that leave tickets unsettled, and threads that must have a tensor to themselves."""
+    store.reserve("x", (10_000,), "uint8")
+    store.append("x", noise(5000))
+
+    def read() -> None:
+        for _ in range(200):
+            store.get_async("x")
+
+    def change() -> None:
+        for i in range(100):
+            store.truncate("x", 4000)
+            store.append("x", noise(1000, i))
+            store.set_path("x", ("direct", "pagecache")[i % 2])
+
+    at_once(read, read, change)
+    np.testing.assert_array_equal(store.read("x", 0, 4000), noise(5000)[:4000])
+
+
+def test_the_gil_is_free_while_a_read_waits(slow: Any) -> None:
+    device, store = slow
+    device.add_rule("read", "hold")
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(store.get, "x")
+        device.wait_held(1)
+        counted = 0
+        began = time.monotonic()
+        while time.monotonic() - began < 0.2:
+            counted += 1
+        assert not reading.done()
+        device.release()
+        np.testing.assert_array_equal(reading.result(TIMEOUT_S), noise(MIB))
+    assert counted > 1000
+
+
+def test_a_keyboard_interrupt_in_a_wait_leaves_the_store_usable(slow: Any) -> None:
+    device, store = slow
+    store.reserve("rows", (100, 4096), "uint8")
+    store.append("rows", noise(4096).reshape(1, 4096))
+    works: list[tuple[str, Callable[[], Any]]] = [
+        ("read", lambda: store.get("x")),
+        ("write", lambda: store.put("x", noise(MIB, 1))),
+        ("write", lambda: store.append("rows", noise(8192).reshape(2, 4096))),
+        ("fsync", store.flush),
+    ]
+    for op, work in works:
+        device.add_rule(op, "hold")
+
+        def interrupt() -> None:
+            device.wait_held(1)
+            if op != "fsync":  # noqa: B023  the thread ends in the same round
+                os.kill(os.getpid(), signal.SIGINT)
+                released.wait(TIMEOUT_S)  # noqa: B023
+            device.release()
+
+        released = threading.Event()
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        try:
+            if op == "fsync":  # a system call that can't be interrupted: it ends, then all is well
+                work()
+            else:
+                with pytest.raises(KeyboardInterrupt):
+                    # An append waits for its writes even so: they lead into its extent.
+                    if work is works[2][1]:
+                        released.set()
+                    work()
+        finally:
+            released.set()
+            thread.join(TIMEOUT_S)
+        device.clear()
+    np.testing.assert_array_equal(store.get("x"), noise(MIB, 1))
+    store.append("rows", noise(4096, 2).reshape(1, 4096))
+    expected = np.concatenate([noise(4096), noise(4096, 2)]).reshape(2, 4096)
+    np.testing.assert_array_equal(store.get("rows"), expected)
+    assert store.check() == []
+    assert store.stats()["operations_active"] == 0
+
+
+# ---- asyncio -------------------------------------------------------------------------------------
+
+
+def test_many_tickets_are_awaited_together(store: dualblade.TensorStore) -> None:
+    async def main() -> None:
+        arrays = {f"x{i}": noise(100_000 + i, i) for i in range(40)}
+        await asyncio.gather(*(store.put_async(key, array) for key, array in arrays.items()))
+        found = await asyncio.gather(*(store.get_async(key) for key in arrays))
+        for array, expected in zip(found, arrays.values(), strict=True):
+            np.testing.assert_array_equal(array, expected)
+        with pytest.raises(KeyNotFoundError):
+            await store.get_async("missing")
+        assert await store.read_async("x0", 1, 3) is not None
+
+    asyncio.run(main())
+
+
+def test_an_event_loop_runs_while_a_ticket_is_awaited(slow: Any) -> None:
+    device, store = slow
+    device.add_rule("read", "hold")
+
+    async def main() -> np.ndarray:
+        task = asyncio.ensure_future(_await(store.get_async("x")))
+        await asyncio.to_thread(device.wait_held, 1)
+        assert not task.done()
+        device.release()
+        return await asyncio.wait_for(task, TIMEOUT_S)
+
+    np.testing.assert_array_equal(asyncio.run(main()), noise(MIB))
+
+
+async def _await(ticket: dualblade.Ticket) -> Any:
+    return await ticket
+
+
+# ---- closing -------------------------------------------------------------------------------------
+
+
+def test_close_waits_for_what_is_under_way(slow: Any) -> None:
+    device, store = slow
+    device.add_rule("read", "hold")
+    device.add_rule("write", "hold")
+    forgotten = store.put_async("y", noise(5000, 1))
+    with ThreadPoolExecutor(2) as pool:
+        reading = pool.submit(store.get, "x")
+        device.wait_held(2)
+        closing = pool.submit(store.close)
+        while not store.closed:
+            assert not closing.done()
+        with pytest.raises(ClosedError):
+            store.get("x")
+        assert not closing.done()
+        device.release()
+        closing.result(TIMEOUT_S)
+        np.testing.assert_array_equal(reading.result(TIMEOUT_S), noise(MIB))
+    assert forgotten.result() is None
+    device.clear()
+    with dualblade.open(device.path) as again:
+        np.testing.assert_array_equal(again.get("y"), noise(5000, 1))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_closing_in_the_midst_of_work_keeps_what_was_done(path: Path, seed: int) -> None:
+    """Every operation succeeds or raises ClosedError; what succeeded is there afterwards."""
+    store = dualblade.open(path, size="64MiB", memory="1MiB")
+    begun = threading.Semaphore(0)
+
+    def work(number: int) -> tuple[int, np.ndarray | None]:
+        random = np.random.default_rng(100 * seed + number)
+        rows = 0
+        stored = None
+        pending = None
+        try:
+            store.reserve(f"rows {number}", (5000, 100), "uint8")
+            for i in range(100_000):
+                array = noise(int(random.choice([10, 5000, 400_000])), i)
+                pending = array
+                if i % 2:
+                    store.put(f"x {number}", array)
+                else:
+                    store.put_async(f"x {number}", array)
+                stored, pending = array, None
+                if rows < 5000:
+                    store.append(f"rows {number}", np.full((1, 100), number, np.uint8))
+                    rows += 1
+                if i % 3 == 0:
+                    np.testing.assert_array_equal(store.get(f"x {number}"), array)
+                if i % 7 == 0:
+                    store.get_async(f"rows {number}")
+                if i % 11 == number:
+                    store.flush()
+                begun.release()
+        except ClosedError:
+            assert pending is None or stored is not pending
+        return rows, stored
+
+    def close() -> None:
+        for _ in range(10 + 5 * seed):
+            begun.acquire(timeout=TIMEOUT_S)
+        store.close()
+
+    *results, _, _ = at_once(*(lambda n=n: work(n) for n in range(4)), close, close)
+    with dualblade.open(path) as store:
+        assert store.check() == []
+        for number, (rows, stored) in enumerate(results):
+            if f"rows {number}" in store:
+                found = store.get(f"rows {number}")
+                assert found.shape == (rows, 100)
+                assert (found == number).all()
+            if stored is not None:
+                np.testing.assert_array_equal(store.get(f"x {number}"), stored)
+
+
+def test_two_threads_close_at_once(path: Path) -> None:
+    for _ in range(10):
+        store = dualblade.open(path, size="4MiB") if not path.exists() else dualblade.open(path)
+        store.put_async("x", noise(CHUNK))
+        at_once(store.close, store.close, store.close)
+        assert store.closed
+    with dualblade.open(path) as store:
+        np.testing.assert_array_equal(store.get("x"), noise(CHUNK))
+
+
+def test_a_flush_beside_a_close_loses_nothing(path: Path) -> None:
+    dualblade.open(path, size="16MiB").close()
+    for i in range(20):
+        store = dualblade.open(path)
+        for number in range(8):
+            store.put(f"{number}", noise(5000, 10 * i + number))
+
+        def flush(store: dualblade.TensorStore = store) -> None:
+            try:
+                store.flush()
+            except ClosedError:
+                pass
+
+        at_once(flush, store.close, flush)
+        with dualblade.open(path) as store:
+            for number in range(8):
+                np.testing.assert_array_equal(store.get(f"{number}"), noise(5000, 10 * i + number))
+
+
+def test_a_signal_handler_may_close_what_is_being_closed(slow: Any) -> None:
+    device, store = slow
+    store.put("y", noise(10))
+    device.add_rule("write", "hold")
+    store.put_async("z", noise(10))
+    device.wait_held(1)
+    closed = threading.Event()
+
+    def handler(*_: Any) -> None:
+        store.close()
+        closed.set()
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+
+        def interrupt() -> None:
+            while not store.closed:
+                pass
+            _thread.interrupt_main(signal.SIGUSR1)
+            closed.wait(TIMEOUT_S)
+            device.release()
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        store.close()
+        thread.join(TIMEOUT_S)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert closed.is_set()
+    device.clear()
+    with dualblade.open(device.path) as again:
+        assert again.keys() == ["x", "y", "z"]
