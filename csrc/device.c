@@ -197,10 +197,12 @@ static int open_queues(struct db_device *device)
         device->geometry.has_direct = false;
         rc = choose_engine(device);
     }
-    if (rc)
-        return rc;
-    struct db_queue_config config = configure(device, DB_PATH_PAGECACHE);
-    return db_queue_open(&config, &device->queues[DB_PATH_PAGECACHE]);
+    if (!rc) {
+        struct db_queue_config config = configure(device, DB_PATH_PAGECACHE);
+        rc = db_queue_open(&config, &device->queues[DB_PATH_PAGECACHE]);
+    }
+    /* EAGAIN of io_setup or pthread_create, which flock's EWOULDBLOCK must not be taken for. */
+    return rc == -EAGAIN ? -EUSERS : rc;
 }
 
 static void release(struct db_device *device)

@@ -72,6 +72,7 @@ struct db_device;
  *   -EWOULDBLOCK  another process has it locked     -EBUSY  mounted or held by the kernel
  *   -EISDIR, -ENOTBLK  neither a file nor a block device
  *   -EINVAL  empty, or an option out of range       -ENOSYS  the engine asked for is not built in
+ *   -EUSERS  a limit is reached: fs.aio-max-nr, or RLIMIT_NPROC for the threads
  *   and whatever open(2), io_uring_setup(2) or io_setup(2) gives. */
 int db_device_open(const char *path, const struct db_device_options *options,
                    struct db_device **out);

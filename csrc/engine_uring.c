@@ -1,4 +1,8 @@
-/* engine_uring.c - io_uring on files and block devices. */
+/* engine_uring.c - io_uring on files and block devices.
+ *
+ * The kernel completes a request in the thread that submitted it, when that is in user space, makes
+ * a system call, or sleeps where a signal would wake it. Only an uninterruptible call (a read from
+ * a network filesystem that hangs) holds up whoever waits for what its thread has submitted. */
 #define _GNU_SOURCE
 #include "engine.h"
 
@@ -33,7 +37,7 @@ struct db_engine {
     struct db_request *staged, **staged_end;
     uint32_t staged_count;
     _Atomic int64_t in_kernel;
-    int refusal; /* not 0: the kernel has stopped to take requests, and this is what it said */
+    int refusal; /* not 0: the kernel no longer takes requests, and this is what it said */
     struct db_refused refused;
 };
 

@@ -105,19 +105,25 @@ class EntryAccess:
 
     def _register(self, ticket: Ticket, writes: Iterable[str] = ()) -> None:
         with self._lock:
-            self._tickets[ticket] = None
+            self._changed.notify_all()
             for key in writes:
                 self._pending.setdefault(key, {})[ticket] = None
-            self._changed.notify_all()
+            self._tickets[ticket] = None
 
     def _unregister(self, ticket: Ticket, writes: Iterable[str] = ()) -> None:
         with self._lock:
-            del self._tickets[ticket]
+            self._tickets.pop(ticket, None)
             for key in writes:
-                del self._pending[key][ticket]
-                if not self._pending[key]:
-                    del self._pending[key]
+                tickets = self._pending.get(key, {})
+                tickets.pop(ticket, None)
+                if not tickets:
+                    self._pending.pop(key, None)
             self._leave()
+
+    def _goes_on(self, ticket: Ticket) -> bool:
+        """Whether a ticket was registered before the interrupt that is being handled came."""
+        with self._lock:
+            return ticket in self._tickets
 
     def _settle_tickets(self) -> None:
         """Finishes what nobody has waited for; errors stay with the tickets."""

@@ -364,6 +364,21 @@ _ERRNO_OF: tuple[tuple[str, int], ...] = (
 )
 
 
+def _why_not_opened(path: Path) -> int:
+    """The errno of a file that SQLite could not open, which it keeps to itself."""
+    descriptors: list[int] = []
+    try:
+        while len(descriptors) < 4:  # the file, its log, its journal and its directory
+            # Never the file itself: closing it would let go of the locks that SQLite has on it.
+            descriptors.append(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno or errno.EIO
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+    return errno.EACCES
+
+
 def _translated(error: Exception, path: Path, operation: _Operation) -> DualbladeError:
     text = str(error)
     if "locked" in text:
@@ -375,7 +390,8 @@ def _translated(error: Exception, path: Path, operation: _Operation) -> Dualblad
         )
     for words, number in _ERRNO_OF:
         if words in text:
-            return device_error(number, device=path, operation=f"{operation} the catalog")
+            why = _why_not_opened(path) if number == errno.EACCES else number
+            return device_error(why, device=path, operation=f"{operation} the catalog")
     return CorruptionError(
         f"the catalog {path} is damaged ({text}): restore it from a backup together with the "
         "store, or format the store anew, which loses what is stored"

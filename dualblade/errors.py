@@ -231,6 +231,11 @@ _MEANING: dict[int, tuple[str, str]] = {
         "its path has too many symbolic links",
         "Check where the links point.",
     ),
+    errnos.EUSERS: (
+        "a limit of the system on threads or on asynchronous I/O is reached",
+        "Raise the limit (ulimit -u for threads, fs.aio-max-nr for the aio engine), or take "
+        "another engine.",
+    ),
     errnos.EMFILE: (
         "this process has too many files open",
         "Close some, or raise the limit (ulimit -n).",

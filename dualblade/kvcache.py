@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 # What a layer that names no length starts with; it grows as it must.
-GROWING_TOKENS = 4096
+GROWING_TOKENS = 1024
 # Layers are read ahead into memory of at most this, or a quarter of the store's budget if less.
 STAGING_BYTES = 64 << 20
 LOOKAHEAD_LAYERS = 2
@@ -48,7 +48,8 @@ class KVCache:
     `fetch()` returns those it has, and sets the next layers on their way: the reads of a decoder
     that goes through its layers in order, step after step, overlap with its computing.
 
-    Growing past `max_tokens` moves a layer to a run twice as large, which takes the time of a copy.
+    Growing past `max_tokens` moves a layer to a run twice as large, doubled as often as it takes,
+    in the time of a copy.
 
     Beam search permutes the batch at every step. `reorder()` rewrites nothing: for each token it
     remembers in which row of the batch a sequence's keys and values were stored, and `fetch()`
@@ -223,7 +224,9 @@ class KVCache:
         return tensor.from_bytes(rows.data, rows.shape, rows.dtype)
 
     def _grow(self, index: int, layer: _Layer, tokens: int) -> None:
-        capacity = max(2 * layer.capacity, tokens)
+        capacity = layer.capacity
+        while capacity < tokens:
+            capacity *= 2
         self._settle(index)  # the run that it reads is about to be given up
         self._store.resize_many(dict.fromkeys(layer.keys, capacity))
         layer.capacity = capacity
@@ -683,6 +686,9 @@ class _BufferPool:
                     except ValueError:
                         continue  # an array died just now, and made this one too many
                     return buffer
+            # A cache that has grown asks for more than it did and will not ask for less again:
+            # what is idle and smaller goes before new memory is taken, not after.
+            self._idle = [buffer for buffer in self._idle if len(buffer) > length]
             return None
 
     def _take_back(self, loan: _Loan) -> None:

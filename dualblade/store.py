@@ -390,29 +390,32 @@ class TensorStore(EntryAccess):
             if entry.stored:
                 writes.append((entry, (entry.offset, t.data), entry.record_checksums))
         completions: list[_core.Completion] = []
-        try:
-            self._submit("write", writes, completions)
-        except BaseException:
-            _drain(completions)
-            with self._lock:
-                for entry in entries:
-                    self._index.discard(entry, self._residency)
-                self._leave()
-            raise
 
         def finish(error: BaseException | None) -> None:
             with self._lock:
-                for entry in entries:
-                    if error is None:
-                        self._index.publish(entry, self._residency)
-                    else:
-                        self._index.discard(entry, self._residency)
-                self._unregister(ticket, tensors)
+                try:
+                    for entry in entries:
+                        if error is None:
+                            self._index.publish(entry, self._residency)
+                        else:
+                            self._index.discard(entry, self._residency)
+                finally:
+                    self._unregister(ticket, tensors)
             if error is not None:
                 raise error
 
         ticket = Ticket(completions, finish)
-        self._register(ticket, tensors)
+        try:
+            self._submit("write", writes, completions)
+            self._register(ticket, tensors)
+        except BaseException:
+            if not self._goes_on(ticket):
+                _drain(completions)
+                with self._lock:
+                    for entry in entries:
+                        self._index.discard(entry, self._residency)
+                    self._unregister(ticket, tensors)
+            raise
         return ticket
 
     def _create(self, tensors: Mapping[str, tensor.Tensor], group: str | None) -> list[Entry]:
@@ -529,18 +532,6 @@ class TensorStore(EntryAccess):
             for entry in entries:
                 entry.users += 1
         completions: list[_core.Completion] = []
-        try:
-            reads = [
-                (entry, request, checksums)
-                for entry, plan in zip(entries, plans, strict=True)
-                for request, checksums in zip(plan.requests, plan.checksums, strict=True)
-            ]
-            self._submit("read", reads, completions)
-        except BaseException:
-            _drain(completions)
-            self._release(entries)
-            self._leave()
-            raise
 
         def finish(error: BaseException | None) -> Any:
             try:
@@ -555,7 +546,20 @@ class TensorStore(EntryAccess):
                 self._unregister(ticket)
 
         ticket = Ticket(completions, finish)
-        self._register(ticket)
+        try:
+            reads = [
+                (entry, request, checksums)
+                for entry, plan in zip(entries, plans, strict=True)
+                for request, checksums in zip(plan.requests, plan.checksums, strict=True)
+            ]
+            self._submit("read", reads, completions)
+            self._register(ticket)
+        except BaseException:
+            if not self._goes_on(ticket):
+                _drain(completions)
+                self._release(entries)
+                self._unregister(ticket)
+            raise
         return ticket
 
     def _prepare_read(
@@ -635,6 +639,8 @@ class TensorStore(EntryAccess):
             return entry.stored, entry.held[: nbytes - entry.stored], None
         stored = nbytes // _core.BLOCK_BYTES * _core.BLOCK_BYTES
         first = stored // entry.chunk_bytes * entry.chunk_bytes
+        if nbytes == first:  # nothing of a chunk is kept in part, so nothing has to be read
+            return stored, b"", None
         chunk = self._read_bytes(entry, first, min(first + entry.chunk_bytes, entry.stored))
         checksum = _core.checksum(chunk[: stored - first]) if stored > first else None
         return stored, bytes(chunk[stored - first : nbytes - first]), checksum

@@ -14,8 +14,10 @@ from dualblade._core import Completion
 class Ticket:
     """What `put_async` and `get_async` return. Wait with `result()`, or `await` it.
 
-    The operation goes on whether or not anybody waits; the store finishes what nobody waited for
-    when its result is needed: when the same key is used again, at `flush()` and at `close()`.
+    What fits into the device's queue is under way at once; the rest of a large operation follows
+    while anybody waits for or starts something on the same path. The store finishes what nobody
+    waited for when its result is needed: when the same key is used again, at `flush()` and at
+    `close()`.
     """
 
     def __init__(
@@ -53,14 +55,14 @@ class Ticket:
         with self._lock:
             if self._is_settled:
                 return
-            try:
-                self._value = self._finish(error)
-                self._error = error
-            except Exception as problem:
-                self._error = problem
+            # Once, even if an interrupt cuts it short: what it gives back must not be given twice.
+            finish, self._finish = self._finish, _nothing
             self._is_settled = True
             self._completions = ()
-            self._finish = _nothing
+            try:
+                self._value = finish(error)
+            except Exception as problem:
+                self._error = problem
 
     def __await__(self) -> Generator[Any, None, Any]:
         # The wait is in C without the GIL: a thread of the loop's executor costs only itself.

@@ -67,9 +67,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--threads",
         type=count,
-        default=len(os.sched_getaffinity(0)),
+        # One CPU is left to the store: torch's threads wait for each other in a loop that takes
+        # every CPU they are on, and all of them are slow when one has to wait.
+        default=max(1, len(os.sched_getaffinity(0)) - 1),
         metavar="N",
-        help="of torch; default: one for each CPU",
+        help="of torch; default: all CPUs but one",
     )
     add("--json", action="store_true", help="print the results as a JSON object")
     options = parser.parse_args(arguments)
@@ -299,13 +301,13 @@ class View:
             task = bar.add_task(name, total=total)
             yield lambda steps: bar.advance(task, steps)
 
-    def show(self, report: dict[str, Any], prompt_end: str, text: str) -> None:
+    def show(self, report: dict[str, Any], prompt_end: str) -> None:
         """The text, then the table."""
         from rich.table import Table
         from rich.text import Text
 
         self.out.print()
-        self.out.print(Text.assemble((f"...{prompt_end}", "dim"), (text, "bold")))
+        self.out.print(Text.assemble((f"... {prompt_end}", "dim"), (report["text"], "bold")))
         self.out.print()
         table = Table(title=f"{report['model']}, {report['dtype']}", title_justify="left")
         table.add_column()
@@ -403,9 +405,9 @@ def demonstrate(options: argparse.Namespace, view: View) -> dict[str, Any]:
     for name, run in (("on_storage", stored), ("in_memory", kept)):
         report[name] = {**asdict(run), "ms_per_token": run.ms_per_token}
     if options.json:
-        print(json.dumps(report, indent=2))
+        print(json.dumps(report))
     else:
-        view.show(report, loaded.tokenizer.decode(prompt[-60:]), report["text"])
+        view.show(report, loaded.tokenizer.decode(prompt[-60:]).lstrip())
     return report
 
 

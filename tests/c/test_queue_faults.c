@@ -22,7 +22,7 @@ enum {
     PATIENCE_S = 20, /* what a thread gets before it counts as stuck */
 };
 
-/* ---- the engine -------------------------------------------------------------------------------- */
+/* ---- the engine ------------------------------------------------------------------------------ */
 
 struct db_engine {
     pthread_mutex_t lock;
@@ -196,7 +196,7 @@ static struct db_queue *open_queue(uint32_t depth, uint32_t slots)
     return queue;
 }
 
-/* ---- threads that wait -------------------------------------------------------------------------- */
+/* ---- threads that wait ----------------------------------------------------------------------- */
 
 struct waiter {
     struct db_queue *queue;
@@ -248,7 +248,7 @@ static void await_sleep(struct waiter *waiter)
     }
 }
 
-/* ---- tests --------------------------------------------------------------------------------------- */
+/* ---- tests ----------------------------------------------------------------------------------- */
 
 /* A thread that submits collects what is done when the pool is empty; whoever begins to wait in
  * that moment follows it, and must not be left asleep when it goes. */
@@ -465,7 +465,7 @@ static void test_an_engine_that_is_lost(void)
     CHECK_EQUAL(after.buffers, before.buffers);
 }
 
-/* ---- everything at once ---------------------------------------------------------------------------- */
+/* ---- everything at once ---------------------------------------------------------------------- */
 
 struct hammerer {
     struct db_queue *queue;

@@ -53,6 +53,18 @@ def config_of(family):
     if family == "lfm2":
         layer_types = ["conv", "full_attention", "conv"]
         return transformers.Lfm2Config(**SIZES, **GROUPED, layer_types=layer_types)
+    if family == "gemma3n":
+        return transformers.Gemma3nTextConfig(
+            **SIZES,
+            **GROUPED | {"intermediate_size": [96] * 3},
+            sliding_window=WINDOW,
+            layer_types=["sliding_attention", "full_attention", "full_attention"],
+            num_kv_shared_layers=1,
+            vocab_size_per_layer_input=128,
+            hidden_size_per_layer_input=16,
+            laurel_rank=8,
+            activation_sparsity_pattern=[0.0] * 3,
+        )
     assert family == "opt"
     return transformers.OPTConfig(
         **{key: value for key, value in SIZES.items() if key != "initializer_range"},
@@ -172,12 +184,14 @@ def test_without_a_config_all_layers_attend_to_all_tokens(store, family):
         assert not any(cache.is_sliding)
 
 
-def test_layers_without_keys_keep_their_state_in_memory(store):
-    model = model_of("lfm2")
-    for mode in ("greedy", "beams"):
-        theirs = run(model, DynamicCache(config=model.config), prompts(), **MODES[mode])
-        with DualBladeCache(store, model.config) as cache:
-            assert_same(run(model, cache, prompts(), **MODES[mode]), theirs)
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+@pytest.mark.parametrize("family", ["lfm2", "gemma3n"])
+def test_layers_that_store_nothing(store, family, mode):
+    """A convolution's state stays in memory; a layer may use what another one stored."""
+    model = model_of(family)
+    theirs = run(model, DynamicCache(config=model.config), prompts(), **MODES[mode])
+    with DualBladeCache(store, model.config) as cache:
+        assert_same(run(model, cache, prompts(), **MODES[mode]), theirs)
 
 
 def test_encoder_and_decoder(store):

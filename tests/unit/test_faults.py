@@ -229,6 +229,35 @@ def test_a_failed_flush_and_discard_say_so(device: _core.Device, faulty: FaultDe
     device.discard(CHUNK, CHUNK)
 
 
+@pytest.mark.parametrize("refused_at", ["open_direct", "read"])
+def test_a_filesystem_without_o_direct(
+    faulty: FaultDevice, engine: str, refused_at: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Refused when the file is opened, or only when it is used: both paths are buffered then."""
+    times = None if refused_at == "open_direct" else 1
+    faulty.add_rule(refused_at, "EINVAL", times=times)
+    with open_device(faulty, engine) as device:
+        assert not device.info.direct
+        data = noise(5 * CHUNK + 77, 1)[1:]
+        sums = np.zeros(6, np.uint64)
+        device.write([(BLOCK, data)], checksums=[sums]).wait()
+        for path in PATHS:
+            out = np.zeros_like(data)
+            device.read([(BLOCK, out)], path=path, checksums=[sums]).wait()
+            assert np.array_equal(out, data)
+        assert device.stats()["direct"]["staged_bytes"] == 0
+    faulty.clear()
+    faulty.add_rule(refused_at, "EINVAL", lo=0, hi=1, nth=2 if times else 1, times=times)
+    monkeypatch.setattr("dualblade.opening._said", set())
+    with (
+        pytest.warns(DualbladeWarning, match="O_DIRECT"),
+        dualblade.open(faulty.path, format=True, engine=engine) as store,
+    ):
+        store.put("a", data)
+        assert np.array_equal(store.get("a"), data)
+        assert len(store.stats()["fallbacks"]) == 1
+
+
 # ---- the store: every I/O of every operation fails once ------------------------------------------
 
 

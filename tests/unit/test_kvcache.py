@@ -219,6 +219,15 @@ def test_a_cache_grows_until_the_store_is_full(store: TensorStore) -> None:
         np.testing.assert_array_equal(kv.fetch(0)[1], np.concatenate([part[:10], rows(1, 6)]))
 
 
+def test_a_prompt_longer_than_what_was_laid_out(store: TensorStore) -> None:
+    with dualblade.KVCache(store, layers=1, **SHAPE, batch=2, max_tokens=None) as kv:
+        capacity = store.info(f"{kv.name}/000/k").capacity[0]
+        kv.append(0, rows(5 * capacity), rows(5 * capacity))
+        assert store.info(f"{kv.name}/000/v").capacity[0] == 8 * capacity
+        assert kv.stats()["grown"] == 1
+        np.testing.assert_array_equal(kv.fetch(0)[0], rows(5 * capacity))
+
+
 def test_a_batch_that_cannot_be_repeated_stays(store: TensorStore) -> None:
     with dualblade.KVCache(store, layers=2, **SHAPE, batch=2, max_tokens=16384) as kv:  # 16 MiB
         kv.append(0, rows(50, 1), rows(50, 2))
