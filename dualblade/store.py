@@ -330,7 +330,8 @@ class TensorStore(EntryAccess):
         with self._lock:
             if self._state != "open":
                 # A signal handler may close what this very thread is closing.
-                while self._closer != threading.get_ident() and self._state != "closed":
+                by_another = self._closer != threading.get_ident()
+                while by_another and self._state in ("closing", "flushing"):
                     self._changed.wait()
                 return
             self._state = "closing"
@@ -340,7 +341,7 @@ class TensorStore(EntryAccess):
             self._wait_until_idle()
             self._state = "flushing"
             self.flush()
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  raised below, after the device is closed
             problem = error
         try:
             with contextlib.closing(self._device):
@@ -752,7 +753,7 @@ def _drain(completions: Iterable[_core.Completion]) -> None:
         while not completion.done():
             try:
                 completion.wait()
-            except BaseException:
+            except BaseException:  # noqa: BLE001
                 continue  # its error, or an interrupt: the caller is raising one already
 
 

@@ -61,7 +61,7 @@ class Ticket:
             self._completions = ()
             try:
                 self._value = finish(error)
-            except Exception as problem:
+            except Exception as problem:  # noqa: BLE001  kept for result()
                 self._error = problem
 
     def __await__(self) -> Generator[Any, None, Any]:
