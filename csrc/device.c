@@ -127,6 +127,9 @@ static int open_descriptors(struct db_device *device, const char *path)
         return -errno;
     if (flock(device->buffered_fd, (device->options.read_only ? LOCK_SH : LOCK_EX) | LOCK_NB) < 0)
         return -errno;
+    /* No readahead: what lies behind a page-cached extent is another's, and mostly direct. Requests
+     * are large enough to do without; if the advice is not taken, nothing but memory is lost. */
+    posix_fadvise(device->buffered_fd, 0, 0, POSIX_FADV_RANDOM);
     device->direct_fd = open(path, access | O_DIRECT | O_CLOEXEC);
     return device->direct_fd >= 0 || errno == EINVAL ? 0 : -errno;
 }

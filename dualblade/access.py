@@ -39,6 +39,8 @@ class EntryAccess:
         self._tickets: dict[Ticket, None] = {}
         self._pending: dict[str, dict[Ticket, None]] = {}
         """Puts under way, by key: whatever is done with the key next waits for them."""
+        self._waiting: dict[object, list[str]] = {}
+        """Who waits for which keys, the first one first."""
         self._flushing = threading.Lock()
         """One flush at a time: another would take an index for saved that is not yet."""
 
@@ -134,14 +136,36 @@ class EntryAccess:
 
     # ---- holds on entries ---------------------------------------------------------------------
 
-    def _wait_for(self, keys: Iterable[str], is_taken: Callable[[Entry], bool]) -> list[Entry]:
-        """The entries of these keys, once none is taken. The lock is held, and waits release it."""
+    def _wait_for(
+        self, keys: Iterable[str], is_taken: Callable[[Entry], bool], *, in_turn: bool = False
+    ) -> list[Entry]:
+        """The entries of these keys, once none is taken. The lock is held, and waits release it.
+
+        `in_turn` lets those go first who waited before: an exclusive hold can be taken again as
+        soon as it is given back, before anybody else has woken up.
+        """
         keys = list(keys)
-        while True:
-            entries = [self._index.find(key) for key in keys]
-            if not any(is_taken(entry) for entry in entries):
-                return entries
-            self._changed.wait()
+        me = object()
+        try:
+            while True:
+                entries = [self._index.find(key) for key in keys]
+                taken = any(is_taken(entry) for entry in entries)
+                if not taken and not (in_turn and self._is_behind(me, keys)):
+                    return entries
+                self._waiting.setdefault(me, keys)
+                self._changed.wait()
+        finally:
+            self._waiting.pop(me, None)
+
+    def _is_behind(self, me: object, keys: Iterable[str]) -> bool:
+        """Whether somebody who came before waits for one of these keys."""
+        wanted = set(keys)
+        for other, others_keys in self._waiting.items():
+            if other is me:
+                return False
+            if not wanted.isdisjoint(others_keys):
+                return True
+        return False
 
     def _release(self, entries: Iterable[Entry]) -> None:
         with self._lock:
@@ -180,7 +204,7 @@ class EntryAccess:
     def _exclusive(self, keys: Iterable[str]) -> Iterator[list[Entry]]:
         keys = list(dict.fromkeys(keys))
         with self._starting(keys):
-            entries = self._wait_for(keys, lambda entry: entry.is_exclusive)
+            entries = self._wait_for(keys, lambda entry: entry.is_exclusive, in_turn=True)
             for entry in entries:
                 entry.users += 1
                 entry.is_exclusive = True  # from here on nobody else begins

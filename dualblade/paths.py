@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from dualblade._core import Completion, Device
+from dualblade.errors import UnsupportedError
+
+FOLIO_MAX_BYTES = 2 << 20
+"""The page cache holds memory in pieces of up to this size, and drops them only whole."""
 
 Request = tuple[int, Any]
 """(offset on the device in bytes, a contiguous buffer of bytes)."""
@@ -36,6 +40,16 @@ class DirectPath:
     def enter(self, offset: int, length: int) -> None:
         """Called before an extent's first access on this path after it was on the other."""
         self._device.drop_cached(offset, length)
+        try:
+            left_bytes, _ = self._device.cached_bytes(offset, length)
+        except UnsupportedError:
+            left_bytes = length  # who knows
+        if left_bytes:
+            # Cached in one piece with the neighbours, since all this was one tensor that is gone:
+            # the neighbours have to go too, and come back when they are read.
+            start = offset // FOLIO_MAX_BYTES * FOLIO_MAX_BYTES
+            stop = -(-(offset + length) // FOLIO_MAX_BYTES) * FOLIO_MAX_BYTES
+            self._device.drop_cached(start, min(stop, self._device.info.size) - start)
 
 
 class PageCachePath(DirectPath):

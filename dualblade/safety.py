@@ -121,6 +121,8 @@ def _read_beginning(target: str, kind: str) -> tuple[bytes, int]:
         fd = os.open(target, flags)
         try:
             size_bytes = os.lseek(fd, 0, os.SEEK_END)
+            # No readahead: it would fill the page cache with tensors, up to megabytes of them.
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
             return os.pread(fd, _LOOKED_AT_BYTES, 0), size_bytes
         finally:
             os.close(fd)

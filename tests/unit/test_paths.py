@@ -92,6 +92,13 @@ def test_direct_tensors_stay_out_of_the_page_cache(store: dualblade.TensorStore)
     store.get("after")
     assert cached(store, "before") == cached(store, "after") == 2 * MIB
     assert cached(store, "x") == cached(store, "grows") == 0
+    # And when the device has to be read for them.
+    for key in ("before", "after"):
+        info = store.info(key)
+        store._device.drop_cached(info.offset, info.extent_bytes)
+        store.get(key)
+        assert cached(store, key) == 2 * MIB
+    assert cached(store, "x") == cached(store, "grows") == 0
 
 
 def test_page_cached_tensors_stay_in_it(store: dualblade.TensorStore) -> None:
@@ -170,6 +177,21 @@ def test_an_extent_used_again_on_the_other_path_holds_the_new_bytes(
         store.set_path("other", ("pagecache", "direct")[i % 2])
         np.testing.assert_array_equal(store.get("z"), noise(2 * MIB, 100 + i))
         store.delete_many(["z", "hold"])
+
+
+@pytest.mark.parametrize("size", [1, 8192, 100_000])
+def test_what_lies_where_one_large_tensor_was_is_dropped_too(
+    store: dualblade.TensorStore, size: int
+) -> None:
+    """The page cache holds large pieces, and may still hold one that spans several tensors."""
+    store.put("old", noise(3 * MIB))
+    store.delete("old")
+    for i in range(4):
+        store.put(f"x{i}", noise(size, i))
+    store.set_path("x1", "direct")
+    assert cached(store, "x1") == 0
+    for i in range(4):
+        np.testing.assert_array_equal(store.get(f"x{i}"), noise(size, i))
 
 
 def test_paths_change_under_readers_and_writers(store: dualblade.TensorStore) -> None:
