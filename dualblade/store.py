@@ -1,7 +1,7 @@
 """TensorStore: tensors by key, each in one contiguous extent of one device.
 
-How threads keep out of each other's way is in access.py, what is known of a tensor in entry.py and
-index.py; here is what is done with them.
+How threads keep out of each other's way is in access.py, how bytes move in transfer.py, what is
+known of a tensor in entry.py and index.py; here is what callers ask for.
 """
 
 from __future__ import annotations
@@ -12,26 +12,23 @@ import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from dualblade import _core, tensor
-from dualblade.access import EntryAccess, rows_of
+from dualblade.access import rows_of
 from dualblade.catalog import Catalog
 from dualblade.entry import Entry, ReadPlan, TensorInfo, plan_read, round_up
 from dualblade.errors import CorruptionError, DeviceError, KeyNotFoundError
 from dualblade.index import Index, Spec
 from dualblade.memory import format_size
-from dualblade.paths import open_paths
 from dualblade.residency import PathName, Residency
 from dualblade.ticket import Ticket
-
-COPY_BYTES = 4 << 20
-"""How much of a tensor is in memory at a time while it moves to another extent."""
+from dualblade.transfer import COPY_BYTES, EntryTransfer, drain
 
 
-class TensorStore(EntryAccess):
+class TensorStore(EntryTransfer):
     """Tensors on one file or block device. Made by `dualblade.open`; safe for many threads.
 
     Every method raises ClosedError after `close()`, KeyNotFoundError for an unknown key, and
@@ -48,12 +45,8 @@ class TensorStore(EntryAccess):
         verify: str,
         fallbacks: Sequence[str] = (),
     ) -> None:
-        super().__init__(index, catalog, residency)
-        self._device = device
-        self._paths = open_paths(device)
-        self._verify = verify
+        super().__init__(device, index, catalog, residency, verify=verify)
         self._fallbacks = tuple(fallbacks)
-        self._corruptions = 0
 
     # ---- what callers store and read --------------------------------------------------------
 
@@ -411,7 +404,7 @@ class TensorStore(EntryAccess):
             self._register(ticket, tensors)
         except BaseException:
             if not self._goes_on(ticket):
-                _drain(completions)
+                drain(completions)
                 with self._lock:
                     for entry in entries:
                         self._index.discard(entry, self._residency)
@@ -460,61 +453,6 @@ class TensorStore(EntryAccess):
                 self._index.discard(entry, self._residency)
             return [], crowded
 
-    def _append(self, entries: list[Entry], parts: list[tensor.Tensor]) -> None:
-        with self._lock:
-            self._index.mark_dirty(self._catalog)
-        writes, ends = [], []
-        for entry, part in zip(entries, parts, strict=True):
-            # Taken from the entry until all is well: what is stored is not touched, and after an
-            # error or an interrupt the next append finds again where to go on.
-            tail, entry.tail = self._tail_of(entry), None
-            tail_write = tail.append(part.data)
-            for offset, data in tail_write.requests:
-                writes.append((entry, (entry.offset + offset, data), None))
-            chunks = slice(tail_write.first_chunk, tail_write.first_chunk + len(tail_write.digests))
-            held = bytes(tail.block()[: tail.held])
-            rows = entry.rows + part.shape[0]
-            ends.append((entry, tail, chunks, tail_write.digests, tail.stored, held, rows))
-        self._transfer("write", writes)
-        with self._lock:
-            for entry, tail, chunks, digests, stored, held, rows in ends:
-                self._index.changed(entry)
-                # Assignments alone: no interrupt comes between them.
-                entry.checksums[chunks] = digests
-                entry.stored, entry.held, entry.rows, entry.tail = stored, held, rows, tail
-
-    def _tail_of(self, entry: Entry) -> _core.Tail:
-        """Where appends to an entry go on, found again if need be by reading its last chunk."""
-        if entry.tail is not None:
-            return entry.tail
-        if entry.stored % _core.BLOCK_BYTES:
-            end = self._cut(entry, entry.nbytes)
-            with self._lock:
-                self._set_end(entry, *end)
-        begun = entry.stored % entry.chunk_bytes
-        tail = _core.Tail(entry.chunk_bytes)
-        tail.reset(entry.stored, self._read_bytes(entry, entry.stored - begun, entry.stored))
-        tail.append(entry.held)
-        entry.tail = tail
-        return tail
-
-    def _submit(
-        self,
-        direction: str,
-        transfers: Iterable[tuple[Entry, tuple[int, Any], Any]],
-        completions: list[_core.Completion],
-    ) -> None:
-        """Starts transfers, one batch for each path; adds to `completions` as they are started."""
-        batches: dict[str, tuple[list[Any], list[Any]]] = {}
-        for entry, request, checksums in transfers:
-            batch = batches.setdefault(self._residency.path_of(entry.group), ([], []))
-            batch[0].append(request)
-            batch[1].append(checksums)
-        for name, (requests, checksums) in batches.items():
-            path = self._paths[name]
-            start = path.read if direction == "read" else path.write
-            completions.append(start(requests, checksums))
-
     # ---- reading ----------------------------------------------------------------------------
 
     def _start_get(
@@ -557,7 +495,7 @@ class TensorStore(EntryAccess):
             self._register(ticket)
         except BaseException:
             if not self._goes_on(ticket):
-                _drain(completions)
+                drain(completions)
                 self._release(entries)
                 self._unregister(ticket)
             raise
@@ -583,74 +521,12 @@ class TensorStore(EntryAccess):
             view, _ = tensor.writable_bytes(out, shape, entry.dtype)
         return out, plan_read(entry, begin, end, view, self._verify == "always")
 
-    def _read_bytes(
-        self, entry: Entry, start: int, stop: int, *, verify: bool | None = None
-    ) -> np.ndarray[Any, Any]:
-        """Bytes on the device of an entry that the caller holds."""
-        if verify is None:
-            verify = self._verify != "never"
-        memory = _core.aligned_empty(stop - start, np.uint8)
-        plan = plan_read(entry, start, stop, memoryview(memory), verify)
-        reads = zip(plan.requests, plan.checksums, strict=True)
-        try:
-            self._transfer("read", [(entry, *read) for read in reads])
-        except CorruptionError as error:
-            self._raise(error, [entry])
-        for copy in plan.finish:
-            copy()
-        return memory
-
-    def _transfer(
-        self, direction: str, transfers: Iterable[tuple[Entry, tuple[int, Any], Any]]
-    ) -> None:
-        """Starts transfers and waits for them. After an error none is under way."""
-        completions: list[_core.Completion] = []
-        try:
-            self._submit(direction, transfers, completions)
-            for completion in completions:
-                completion.wait()
-        except BaseException:
-            _drain(completions)
-            raise
-
-    def _raise(self, error: BaseException, entries: Sequence[Entry]) -> NoReturn:
-        """Raises it, with the key of the tensor that it is about where it is corrupt."""
-        if isinstance(error, CorruptionError):
-            with self._lock:
-                self._corruptions += 1
-            offset = getattr(error, "offset", None)
-            for entry in entries:
-                if offset is not None and 0 <= offset - entry.offset < entry.extent_bytes:
-                    raise CorruptionError(
-                        f"tensor {entry.key!r} is corrupt: {error}. Nothing was returned; "
-                        f"delete it or put it again"
-                    ) from error
-        raise error
-
     def _check_tensor(self, key: str) -> None:
         with self._shared(key) as entry:
             for start in range(0, entry.stored, COPY_BYTES):
                 self._read_bytes(entry, start, min(start + COPY_BYTES, entry.stored), verify=True)
 
     # ---- moving the end of a tensor, and the tensor -------------------------------------------
-
-    def _cut(self, entry: Entry, nbytes: int) -> tuple[int, bytes, int | None]:
-        """(stored, held, checksum of the last chunk) of an entry that keeps `nbytes` bytes."""
-        if nbytes >= entry.stored and entry.stored % _core.BLOCK_BYTES == 0:
-            return entry.stored, entry.held[: nbytes - entry.stored], None
-        stored = nbytes // _core.BLOCK_BYTES * _core.BLOCK_BYTES
-        first = stored // entry.chunk_bytes * entry.chunk_bytes
-        if nbytes == first:  # nothing of a chunk is kept in part, so nothing has to be read
-            return stored, b"", None
-        chunk = self._read_bytes(entry, first, min(first + entry.chunk_bytes, entry.stored))
-        checksum = _core.checksum(chunk[: stored - first]) if stored > first else None
-        return stored, bytes(chunk[stored - first : nbytes - first]), checksum
-
-    def _set_end(self, entry: Entry, stored: int, held: bytes, checksum: int | None) -> None:
-        entry.stored, entry.held, entry.tail = stored, held, None
-        if checksum is not None:
-            entry.checksums[(stored - 1) // entry.chunk_bytes] = checksum
-        self._index.changed(entry)
 
     def _move(self, entries: list[Entry], copies: list[Entry]) -> None:
         """Puts new entries, with their content, in place of those that the caller has to itself."""
@@ -719,18 +595,6 @@ class TensorStore(EntryAccess):
             except KeyNotFoundError:
                 continue  # deleted meanwhile
 
-    def _copy(self, entry: Entry, copy: Entry) -> None:
-        stored, held, checksum = self._cut(entry, entry.nbytes)
-        for start in range(0, stored, COPY_BYTES):
-            stop = min(start + COPY_BYTES, stored)
-            data = self._read_bytes(entry, start, stop)
-            chunks = slice(start // copy.chunk_bytes, -(-stop // copy.chunk_bytes))
-            write = (copy, (copy.offset + start, data), copy.checksums[chunks])
-            self._transfer("write", [write])
-        copy.rows, copy.stored, copy.held = entry.rows, stored, held
-        if checksum is not None:
-            copy.checksums[(stored - 1) // copy.chunk_bytes] = checksum
-
     def _persist(self, key: str) -> Any:
         """Writes what is held back of a tensor; its record, or None if it is gone."""
         try:
@@ -745,16 +609,6 @@ class TensorStore(EntryAccess):
                     return self._index.record(entry, self._residency, last_checksum)
         except KeyNotFoundError:
             return None
-
-
-def _drain(completions: Iterable[_core.Completion]) -> None:
-    """Waits, whatever happens: what is in flight still uses extents that are about to be freed."""
-    for completion in completions:
-        while not completion.done():
-            try:
-                completion.wait()
-            except BaseException:  # noqa: BLE001
-                continue  # its error, or an interrupt: the caller is raising one already
 
 
 def _check_name(name: Any) -> str:

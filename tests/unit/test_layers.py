@@ -21,7 +21,8 @@ LAYERS = (
     {"__init__"},
     {"kvcache", "opening"},
     {"store"},
-    {"access"},  # this and the next line are the store's parts
+    {"transfer"},  # this and the next two lines are the store's parts
+    {"access"},
     {"index"},
     {"residency", "catalog", "pipeline", "ticket"},
     {"entry"},
