@@ -329,6 +329,45 @@ int db_batch_wait(struct db_batch *batch, int64_t timeout_ns)
     return db_queue_wait(batch->device->queues[batch->path], batch, timeout_ns);
 }
 
+/* ---- registered memory ------------------------------------------------------------------------- */
+
+/* The kernel takes at most 1 GiB at once. A request across a border goes unregistered. */
+enum { REGISTERED_MAX = 1 << 30 };
+
+static uint64_t next_length(uint64_t length, uint64_t at)
+{
+    return length - at < REGISTERED_MAX ? length - at : REGISTERED_MAX;
+}
+
+int db_device_register(struct db_device *device, void *memory, uint64_t length)
+{
+    struct db_queue *queue = device->queues[DB_PATH_DIRECT];
+    if (device->is_forked)
+        return -ECHILD;
+    int rc = length > 0 ? 0 : -EINVAL;
+    uint64_t at = 0;
+    while (!rc && at < length) {
+        rc = db_queue_register(queue, (char *)memory + at, next_length(length, at));
+        if (!rc)
+            at += next_length(length, at);
+    }
+    if (rc)
+        for (uint64_t done = 0; done < at; done += REGISTERED_MAX)
+            db_queue_unregister(queue, (char *)memory + done, next_length(length, done));
+    return rc;
+}
+
+int db_device_unregister(struct db_device *device, void *memory, uint64_t length)
+{
+    if (device->is_forked)
+        return -ECHILD;
+    int rc = length > 0 ? 0 : -ENOENT;
+    for (uint64_t at = 0; !rc && at < length; at += REGISTERED_MAX)
+        rc = db_queue_unregister(device->queues[DB_PATH_DIRECT], (char *)memory + at,
+                                 next_length(length, at));
+    return rc;
+}
+
 /* ---- ranges ---------------------------------------------------------------------------------- */
 
 static int check_range(const struct db_device *device, uint64_t offset, uint64_t length)

@@ -63,6 +63,7 @@ struct db_path_stats {
     uint64_t errors;                  /* requests that failed */
     uint64_t checksum_mismatches;
     uint64_t submits;                 /* crossings into the kernel to submit */
+    uint64_t registered_bytes;        /* memory that the engine knows, staging included */
     uint32_t in_flight;               /* requests in use now */
 };
 
@@ -84,6 +85,14 @@ const char *db_device_engine_name(const struct db_device *device, enum db_path p
 void db_device_stats(struct db_device *device, enum db_path path, struct db_path_stats *out);
 /* -errno of an engine that AUTO tried and could not use, 0 if it was not tried or works. */
 int db_device_engine_refusal(const struct db_device *device, enum db_engine_id engine);
+
+/* Registers memory with the direct path's engine, which then need not look up its pages for each
+ * request; any part of it will do. It must stay mapped until it is unregistered, with the same start
+ * and length. -EOPNOTSUPP: the engine or kernel can't; -ENOMEM: over RLIMIT_MEMLOCK; -ENOSPC: the
+ * table is full; -EFAULT: not writable memory of ours; -EINVAL: empty. */
+int db_device_register(struct db_device *device, void *memory, uint64_t length);
+/* -ENOENT: nothing is registered with this start and length. */
+int db_device_unregister(struct db_device *device, void *memory, uint64_t length);
 
 /* What was written reaches the medium (fdatasync). -EIO and what fdatasync(2) gives. */
 int db_device_flush(struct db_device *device);

@@ -10,6 +10,7 @@
 #define DUALBLADE_ENGINE_H
 
 #include "dualblade.h"
+#include "regions.h"
 
 #include <assert.h>
 #include <libaio.h>
@@ -21,6 +22,7 @@ struct db_request {
     void *buffer;
     uint64_t offset;
     uint32_t length;
+    int32_t slot;   /* of the registered memory that buffer lies in, or DB_REGION_NONE */
     int64_t result; /* bytes moved, or -errno */
 
     /* queue.c: the piece of a batch that this request carries */
@@ -42,6 +44,7 @@ struct db_request {
 };
 
 struct db_engine_config {
+    int fd;           /* of every request, so that it can be registered */
     uint32_t depth;   /* requests that can be in flight at once */
     uint32_t threads; /* engine_threads.c */
     /* For engines with threads of their own: called there, without locks, before a request moves
@@ -67,6 +70,11 @@ struct db_engine_ops {
      * Returns how many requests it put into done, or -errno; -EINTR is a reason to call again. */
     int (*reap)(struct db_engine *engine, struct db_request **done, uint32_t max,
                 int64_t timeout_ns);
+    /* Memory whose pages need not be looked up again for each request; slot < DB_REGIONS_MAX.
+     * NULL where that does not exist. -ENOMEM: more than RLIMIT_MEMLOCK; -EOPNOTSUPP: an old kernel;
+     * -EFAULT: not the process's memory. */
+    int (*add_memory)(struct db_engine *engine, int32_t slot, void *start, uint64_t length);
+    void (*remove_memory)(struct db_engine *engine, int32_t slot);
     void (*close)(struct db_engine *engine);
     /* In the child after a fork: closes file descriptors, touches nothing else. */
     void (*abandon)(struct db_engine *engine);

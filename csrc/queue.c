@@ -49,6 +49,8 @@ struct db_queue {
     uint64_t staging_length;
     uint8_t **free_slots;
     uint32_t free_slot_count;
+    struct db_regions regions; /* registered memory */
+    uint64_t registered_bytes;
 
     struct db_path_stats stats;
 };
@@ -157,6 +159,7 @@ static struct db_request *carve(struct db_queue *queue, struct db_batch *batch)
         .busy = true,
     };
     point_at_rest(request);
+    request->slot = db_regions_find(&queue->regions, request->buffer, request->length);
     assert(request->offset % queue->config.lba_bytes == 0);
     assert(request->length % queue->config.lba_bytes == 0);
     batch->next_byte += length;
@@ -198,6 +201,15 @@ static uint32_t carve_some(struct db_queue *queue, struct db_request **out)
     return count;
 }
 
+/* Whether prepare() would do something: it is worth letting the lock go for that alone. */
+static bool have_work(struct db_request *const *requests, uint32_t count)
+{
+    for (uint32_t i = 0; i < count; i++)
+        if (requests[i]->direction == DB_WRITE && (requests[i]->checksums || requests[i]->staging))
+            return true;
+    return false;
+}
+
 /* Feeds the engine until the pool or the work runs out. Called and returns with the lock held. */
 static void pump(struct db_queue *queue)
 {
@@ -205,7 +217,7 @@ static void pump(struct db_queue *queue)
     uint32_t count;
     do {
         count = carve_some(queue, some);
-        if (count > 0 && !queue->config.engine->has_threads) {
+        if (!queue->config.engine->has_threads && have_work(some, count)) {
             pthread_mutex_unlock(&queue->lock);
             for (uint32_t i = 0; i < count; i++)
                 prepare(some[i], queue);
@@ -281,6 +293,11 @@ static void complete(struct db_queue *queue, struct db_request *request)
             resume(queue, request);
         else
             fail(queue, request, (int)result);
+        return;
+    }
+    if (result == -EFAULT && request->slot != DB_REGION_NONE) {
+        request->slot = DB_REGION_NONE; /* unregistered between being staged and being taken */
+        resume(queue, request);
         return;
     }
     if (result < 0) {
@@ -420,6 +437,46 @@ static int allocate_pool(struct db_queue *queue)
     return 0;
 }
 
+int db_queue_register(struct db_queue *queue, void *memory, uint64_t length)
+{
+    const struct db_engine_ops *engine = queue->config.engine;
+    if (length == 0 || !memory)
+        return -EINVAL;
+    if (!engine->add_memory)
+        return -EOPNOTSUPP;
+    pthread_mutex_lock(&queue->lock);
+    int32_t slot = db_regions_take_slot(&queue->regions);
+    pthread_mutex_unlock(&queue->lock);
+    if (slot == DB_REGION_NONE)
+        return -ENOSPC;
+    /* Without the lock: pinning gigabytes takes a while. The slot is ours alone. */
+    int rc = engine->add_memory(queue->engine, slot, memory, length);
+    pthread_mutex_lock(&queue->lock);
+    if (rc)
+        db_regions_give_slot(&queue->regions, slot);
+    else {
+        db_regions_insert(&queue->regions, memory, length, slot);
+        queue->registered_bytes += length;
+    }
+    pthread_mutex_unlock(&queue->lock);
+    return rc;
+}
+
+int db_queue_unregister(struct db_queue *queue, void *memory, uint64_t length)
+{
+    pthread_mutex_lock(&queue->lock);
+    int32_t slot = db_regions_remove(&queue->regions, memory, length);
+    if (slot != DB_REGION_NONE) {
+        /* Requests that are staged with this slot must reach the kernel before it is empty. */
+        queue->config.engine->commit(queue->engine);
+        queue->config.engine->remove_memory(queue->engine, slot);
+        db_regions_give_slot(&queue->regions, slot);
+        queue->registered_bytes -= length;
+    }
+    pthread_mutex_unlock(&queue->lock);
+    return slot == DB_REGION_NONE ? -ENOENT : 0;
+}
+
 static void free_pool(struct db_queue *queue)
 {
     if (queue->staging)
@@ -449,6 +506,7 @@ int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
     int rc = allocate_pool(queue);
     if (!rc) {
         struct db_engine_config engine = {
+            .fd = config->fd,
             .depth = config->depth,
             .threads = config->threads,
             .before = prepare,
@@ -461,6 +519,8 @@ int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
         free_pool(queue);
         return rc;
     }
+    if (queue->staging) /* Where it can't be, each request looks its pages up: slower, no less. */
+        (void)db_queue_register(queue, queue->staging, queue->staging_length);
     *out = queue;
     return 0;
 }
@@ -514,5 +574,6 @@ void db_queue_stats(struct db_queue *queue, struct db_path_stats *out)
     pthread_mutex_lock(&queue->lock);
     *out = queue->stats;
     out->in_flight = queue->in_flight;
+    out->registered_bytes = queue->registered_bytes;
     pthread_mutex_unlock(&queue->lock);
 }

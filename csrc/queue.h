@@ -30,6 +30,12 @@ int db_queue_probe(struct db_queue *queue);
 const char *db_queue_engine_name(const struct db_queue *queue);
 void db_queue_stats(struct db_queue *queue, struct db_path_stats *out);
 
+/* Registers memory with the engine. -EOPNOTSUPP, -ENOMEM, -EFAULT as the engine says; -ENOSPC: too
+ * many; -EINVAL: empty. */
+int db_queue_register(struct db_queue *queue, void *memory, uint64_t length);
+/* -ENOENT if exactly this was not registered. What is in flight may go on using it. */
+int db_queue_unregister(struct db_queue *queue, void *memory, uint64_t length);
+
 void db_queue_submit(struct db_queue *queue, struct db_batch *batch);
 int db_queue_wait(struct db_queue *queue, struct db_batch *batch, int64_t timeout_ns);
 

@@ -73,6 +73,7 @@ cdef extern from "dualblade.h" nogil:
         uint64_t errors
         uint64_t checksum_mismatches
         uint64_t submits
+        uint64_t registered_bytes
         uint32_t in_flight
 
     struct db_device:
@@ -85,6 +86,8 @@ cdef extern from "dualblade.h" nogil:
     const char *db_device_engine_name(const db_device *device, db_path path) noexcept
     void db_device_stats(db_device *device, db_path path, db_path_stats *out) noexcept
     int db_device_engine_refusal(const db_device *device, db_engine_id engine) noexcept
+    int db_device_register(db_device *device, void *memory, uint64_t length) noexcept
+    int db_device_unregister(db_device *device, void *memory, uint64_t length) noexcept
     int db_device_flush(db_device *device) noexcept
     int db_device_discard(db_device *device, uint64_t offset, uint64_t length) noexcept
     int db_device_drop_cached(db_device *device, uint64_t offset, uint64_t length) noexcept
