@@ -87,8 +87,8 @@ void db_device_stats(struct db_device *device, enum db_path path, struct db_path
 int db_device_engine_refusal(const struct db_device *device, enum db_engine_id engine);
 
 /* Registers memory with the direct path's engine, which then need not look up its pages for each
- * request; any part of it will do. It must stay mapped until it is unregistered, with the same start
- * and length. -EOPNOTSUPP: the engine or kernel can't; -ENOMEM: over RLIMIT_MEMLOCK; -ENOSPC: the
+ * request; any part of it will do. It must stay mapped until it is unregistered, with the same
+ * start and length. -EOPNOTSUPP: the engine or kernel can't; -ENOMEM: over RLIMIT_MEMLOCK; -ENOSPC: the
  * table is full; -EFAULT: not writable memory of ours; -EINVAL: empty. */
 int db_device_register(struct db_device *device, void *memory, uint64_t length);
 /* -ENOENT: nothing is registered with this start and length. */

@@ -71,8 +71,8 @@ struct db_engine_ops {
     int (*reap)(struct db_engine *engine, struct db_request **done, uint32_t max,
                 int64_t timeout_ns);
     /* Memory whose pages need not be looked up again for each request; slot < DB_REGIONS_MAX.
-     * NULL where that does not exist. -ENOMEM: more than RLIMIT_MEMLOCK; -EOPNOTSUPP: an old kernel;
-     * -EFAULT: not the process's memory. */
+     * NULL where that does not exist. -ENOMEM: more than RLIMIT_MEMLOCK; -EOPNOTSUPP: an old
+     * kernel; -EFAULT: not the process's memory. */
     int (*add_memory)(struct db_engine *engine, int32_t slot, void *start, uint64_t length);
     void (*remove_memory)(struct db_engine *engine, int32_t slot);
     void (*close)(struct db_engine *engine);
