@@ -329,7 +329,7 @@ int db_batch_wait(struct db_batch *batch, int64_t timeout_ns)
     return db_queue_wait(batch->device->queues[batch->path], batch, timeout_ns);
 }
 
-/* ---- registered memory ------------------------------------------------------------------------- */
+/* ---- registered memory ----------------------------------------------------------------------- */
 
 /* The kernel takes at most 1 GiB at once. A request across a border goes unregistered. */
 enum { REGISTERED_MAX = 1 << 30 };

@@ -88,8 +88,8 @@ int db_device_engine_refusal(const struct db_device *device, enum db_engine_id e
 
 /* Registers memory with the direct path's engine, which then need not look up its pages for each
  * request; any part of it will do. It must stay mapped until it is unregistered, with the same
- * start and length. -EOPNOTSUPP: the engine or kernel can't; -ENOMEM: over RLIMIT_MEMLOCK; -ENOSPC: the
- * table is full; -EFAULT: not writable memory of ours; -EINVAL: empty. */
+ * start and length. -EOPNOTSUPP: the engine or kernel can't; -ENOMEM: over RLIMIT_MEMLOCK;
+ * -ENOSPC: the table is full; -EFAULT: not writable memory of ours; -EINVAL: empty. */
 int db_device_register(struct db_device *device, void *memory, uint64_t length);
 /* -ENOENT: nothing is registered with this start and length. */
 int db_device_unregister(struct db_device *device, void *memory, uint64_t length);
