@@ -10,6 +10,7 @@ has waited for still holds its entries, so whoever must wait for a hold settles 
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,24 @@ from dualblade.errors import ClosedError
 from dualblade.index import Index
 from dualblade.residency import Residency
 from dualblade.ticket import Ticket
+
+
+class _Here(threading.local):
+    """How deep in operations of the store this thread is, and whether to close at its end."""
+
+    depth = 0
+    is_close_due = False
+
+
+def inside(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks the part of an operation that close() must not wait for in the same thread."""
+
+    @functools.wraps(method)
+    def marked(self: EntryAccess, *arguments: Any, **options: Any) -> Any:
+        with self._inside():
+            return method(self, *arguments, **options)
+
+    return marked
 
 
 class EntryAccess:
@@ -43,6 +62,7 @@ class EntryAccess:
         """Who waits for which keys, the first one first."""
         self._flushing = threading.Lock()
         """One flush at a time: another would take an index for saved that is not yet."""
+        self._here = _Here()
 
     # ---- open or not ------------------------------------------------------------------------
 
@@ -60,8 +80,27 @@ class EntryAccess:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._flushing = threading.Lock()
+        self._here = _Here()
         if self._state != "closed":
             self._state = "forked"
+
+    def close(self) -> None:
+        """Ends what this class keeps apart; the store says how."""
+        raise ClosedError("only a store can be closed")
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """A signal handler that closes the store in here would wait for itself, so its close() is
+        put off to the end of this."""
+        here = self._here
+        here.depth += 1
+        try:
+            yield
+        finally:
+            here.depth -= 1
+            if here.is_close_due and here.depth == 0:
+                here.is_close_due = False
+                self.close()
 
     # ---- operations -------------------------------------------------------------------------
 
@@ -82,7 +121,7 @@ class EntryAccess:
     @contextmanager
     def _operation(self, keys: Iterable[str]) -> Iterator[None]:
         """`_settled`, as an operation that close() waits for."""
-        with self._settled(keys):
+        with self._inside(), self._settled(keys):
             self._active += 1
             try:
                 yield
@@ -111,6 +150,7 @@ class EntryAccess:
             for key in writes:
                 self._pending.setdefault(key, {})[ticket] = None
             self._tickets[ticket] = None
+        self._settle_done(ticket)
 
     def _unregister(self, ticket: Ticket, writes: Iterable[str] = ()) -> None:
         with self._lock:
@@ -126,6 +166,15 @@ class EntryAccess:
         """Whether a ticket was registered before the interrupt that is being handled came."""
         with self._lock:
             return ticket in self._tickets
+
+    def _settle_done(self, newest: Ticket) -> None:
+        """Lets go of the arrays of those that nobody waits for, as they get done."""
+        while True:
+            with self._lock:
+                oldest = next(iter(self._tickets), newest)
+            if oldest is newest or not oldest.done():
+                return
+            oldest.settle()
 
     def _settle_tickets(self) -> None:
         """Finishes what nobody has waited for; errors stay with the tickets."""
@@ -175,48 +224,53 @@ class EntryAccess:
 
     @contextmanager
     def _shared(self, key: str) -> Iterator[Entry]:
-        with self._starting([key]):
-            (entry,) = self._wait_for([key], lambda entry: entry.is_exclusive)
-            entry.users += 1
-        try:
-            yield entry
-        finally:
-            self._release([entry])
-            self._leave()
+        with self._inside():
+            with self._starting([key]):
+                (entry,) = self._wait_for([key], lambda entry: entry.is_exclusive)
+                entry.users += 1
+            try:
+                yield entry
+            finally:
+                self._release([entry])
+                self._leave()
 
     @contextmanager
     def _appending(self, keys: Iterable[str]) -> Iterator[list[Entry]]:
-        with self._starting(keys):
-            entries = self._wait_for(keys, lambda entry: entry.is_exclusive or entry.is_appending)
-            for entry in entries:
-                entry.users += 1
-                entry.is_appending = True
-        try:
-            yield entries
-        finally:
-            with self._lock:
+        with self._inside():
+            with self._starting(keys):
+                entries = self._wait_for(
+                    keys, lambda entry: entry.is_exclusive or entry.is_appending
+                )
                 for entry in entries:
-                    entry.is_appending = False
-                self._release(entries)
-                self._leave()
+                    entry.users += 1
+                    entry.is_appending = True
+            try:
+                yield entries
+            finally:
+                with self._lock:
+                    for entry in entries:
+                        entry.is_appending = False
+                    self._release(entries)
+                    self._leave()
 
     @contextmanager
     def _exclusive(self, keys: Iterable[str]) -> Iterator[list[Entry]]:
-        keys = list(dict.fromkeys(keys))
-        with self._starting(keys):
-            entries = self._wait_for(keys, lambda entry: entry.is_exclusive, in_turn=True)
-            for entry in entries:
-                entry.users += 1
-                entry.is_exclusive = True  # from here on nobody else begins
-        try:
-            self._wait_for_others(entries)
-            yield entries
-        finally:
-            with self._lock:
+        with self._inside():
+            keys = list(dict.fromkeys(keys))
+            with self._starting(keys):
+                entries = self._wait_for(keys, lambda entry: entry.is_exclusive, in_turn=True)
                 for entry in entries:
-                    entry.is_exclusive = False
-                self._release(entries)
-                self._leave()
+                    entry.users += 1
+                    entry.is_exclusive = True  # from here on nobody else begins
+            try:
+                self._wait_for_others(entries)
+                yield entries
+            finally:
+                with self._lock:
+                    for entry in entries:
+                        entry.is_exclusive = False
+                    self._release(entries)
+                    self._leave()
 
     def _wait_for_others(self, entries: Iterable[Entry]) -> None:
         """Returns when nobody but the caller uses these entries."""

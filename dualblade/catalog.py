@@ -319,7 +319,7 @@ def _check_identity(connection: sqlite3.Connection, path: Path, store_id: str) -
             f"the catalog {path} has schema version {version}; this dualblade reads "
             f"{SCHEMA_VERSION}: use the release that wrote it, or format the store anew"
         )
-    (verdict,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    (verdict,) = connection.execute("PRAGMA integrity_check(1)").fetchone()
     if verdict != "ok":
         raise _translated(sqlite3.DatabaseError(verdict), path, "open")
     row = connection.execute("SELECT store_id, clean FROM store").fetchone()

@@ -57,7 +57,7 @@ class Index:
 
     def of_group(self, group: str) -> list[Entry]:
         """The entries of a group, which may not exist."""
-        return [entry for entry in self.entries.values() if entry.group == group]
+        return [entry for entry in list(self.entries.values()) if entry.group == group]
 
     # ---- entries come and go ----------------------------------------------------------------
 
@@ -258,6 +258,7 @@ class Index:
             or entry.rows > entry.capacity_rows
             or entry.nbytes > entry.extent_bytes
             or len(saved) != len(entry.record_checksums)
+            or record.key in self.entries
         ):
             raise CorruptionError(
                 f"the catalog {catalog.path} contradicts itself about tensor {record.key!r}: "
@@ -288,7 +289,7 @@ class Index:
             problems.append(f"{used} bytes are taken, but tensors account for {self._used_bytes}")
         runs: list[Any] = sorted(
             (entry.offset, entry.extent_bytes, entry.key)
-            for entry in self.entries.values()
+            for entry in list(self.entries.values())
             if entry.extent_bytes
         )
         for (offset, size, key), (after, _, other) in itertools.pairwise(runs):

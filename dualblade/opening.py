@@ -22,6 +22,7 @@ from dualblade.errors import (
     CorruptionError,
     DeviceError,
     DeviceRefusedError,
+    DualbladeError,
     DualbladeWarning,
     UnsupportedError,
     device_error,
@@ -39,6 +40,8 @@ reads little more than that part, large enough that drives reach their bandwidth
 STAGING_BYTES = 8 << 20
 SIZE_MIN_BYTES = DATA_OFFSET + (1 << 20)
 VERIFY = ("always", "open", "never")
+
+_SQLITE_PAGE_BYTES = 4096
 
 _open_stores: weakref.WeakSet[TensorStore] = weakref.WeakSet()
 _said: set[str] = set()
@@ -80,8 +83,10 @@ def open_store(
     budget = page_cache_budget(memory, STAGING_BYTES)
     with _created(path, size_bytes, create) as is_new:
         found = check_target(path, formatting=format or is_new)
-        if found.header is None and found.kind == "file" and not is_new:
-            _set_size(found, size_bytes)
+        if found.header is None and found.kind == "file":
+            _refuse_strange_catalog(path)
+            if not is_new:
+                _set_size(found, size_bytes)
         elif size_bytes is not None and not is_new and found.header is not None:
             _mention_size(path, size_bytes, found.header.size_bytes)
         device = _core.Device.open(
@@ -185,6 +190,14 @@ def _created(path: str, size_bytes: int | None, create: bool | None) -> Iterator
         return
     if size_bytes is None or create is False:
         raise device_error(errno.ENOENT, device=path, operation="open")
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        # The kernel says ENOENT of the file, as if giving size= were what is missing.
+        raise DeviceError(
+            errno.ENOENT,
+            f"{path!r} can't be created: there is no directory {os.path.dirname(path)!r}. Make it "
+            f"first, or check the path",
+            path,
+        )
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -203,6 +216,41 @@ def _created(path: str, size_bytes: int | None, create: bool | None) -> Iterator
     except BaseException:
         os.unlink(path)
         raise
+
+
+def _refuse_strange_catalog(target: str) -> None:
+    """The catalog of a new store replaces an old one, but never a file that only has its name."""
+    if _bears_header(target):
+        return  # whatever the catalog looks like now, it is the one of the store that goes
+    path = catalog_path(target, "file", "")
+    try:
+        with open(path, "rb") as file:
+            page = file.read(_SQLITE_PAGE_BYTES)
+            is_one_page = not file.read(1)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise device_error(error.errno or errno.EIO, device=path, operation="open") from error
+    is_sqlite = page.startswith(b"SQLite format 3\0")
+    is_ours = is_sqlite and page[68:72] == b"DBLD"
+    # Until SQLite first folds its log back there is one page, without a table and without our mark.
+    is_blank = is_sqlite and is_one_page and page[103:105] == b"\0\0"
+    if page and not is_ours and not is_blank:
+        raise DeviceRefusedError(
+            errno.EEXIST,
+            f"the index of a store on {target} belongs into {path}, but that is a file which "
+            f"dualblade did not write. Nothing was written: move it away, or give the store "
+            f"another name",
+            os.fspath(path),
+        )
+
+
+def _bears_header(target: str) -> bool:
+    try:
+        with open(target, "rb") as file:
+            return Header.find(file.read(HEADER_BYTES), target=target) is not None
+    except DualbladeError:
+        return True  # damaged, or of another version
 
 
 def _set_size(found: Target, size_bytes: int | None) -> None:

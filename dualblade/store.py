@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from dualblade import _core, tensor
-from dualblade.access import rows_of
+from dualblade.access import inside, rows_of
 from dualblade.catalog import Catalog
 from dualblade.entry import Entry, ReadPlan, TensorInfo, plan_read, round_up
-from dualblade.errors import CorruptionError, DeviceError, KeyNotFoundError
+from dualblade.errors import CorruptionError, DeviceError, KeyNotFoundError, UnsupportedError
 from dualblade.index import Index, Spec
 from dualblade.memory import format_size
 from dualblade.residency import PathName, Residency
@@ -209,7 +209,7 @@ class TensorStore(EntryTransfer):
         self._settle_tickets()
         with self._lock:
             self._check_open()
-            return [key for key in self._index.entries if key.startswith(prefix)]
+            return [key for key in list(self._index.entries) if key.startswith(prefix)]
 
     def info(self, key: str) -> TensorInfo:
         """Shape, dtype, place and path of a tensor."""
@@ -247,6 +247,7 @@ class TensorStore(EntryTransfer):
             except KeyNotFoundError:
                 continue  # one was deleted meanwhile
 
+    @inside
     def flush(self) -> None:
         """Finishes what is under way, writes everything out and saves the index."""
         with self._flushing:
@@ -295,7 +296,7 @@ class TensorStore(EntryTransfer):
                 "pagecache_bytes": self._residency.pagecache_bytes,
                 "groups": {
                     name: {"path": group.path, "size_bytes": group.size_bytes}
-                    for name, group in self._residency.groups.items()
+                    for name, group in self._residency.groups.copy().items()
                 },
                 "paths": self._device.stats(),
             }
@@ -319,7 +320,14 @@ class TensorStore(EntryTransfer):
         return problems
 
     def close(self) -> None:
-        """Waits for what is under way, saves the index and lets the device go. Idempotent."""
+        """Waits for what is under way, saves the index and lets the device go. Idempotent.
+
+        From a signal handler that interrupts an operation of this store in the same thread it
+        returns at once, and the store closes when that operation ends.
+        """
+        if self._here.depth:
+            self._here.is_close_due = True
+            return
         with self._lock:
             if self._state != "open":
                 # A signal handler may close what this very thread is closing.
@@ -370,12 +378,21 @@ class TensorStore(EntryTransfer):
             finally:
                 self.close()
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedError(
+            "a TensorStore can't be copied or pickled: it is the one owner of an open device; open "
+            "the store where it is needed, in one process at a time"
+        )
+
     def __repr__(self) -> str:
         return f"<dualblade.TensorStore {self._device.info.target!r} {self._state}>"
 
     # ---- writing ----------------------------------------------------------------------------
 
+    @inside
     def _start_put(self, arrays: Mapping[str, Any], group: str | None) -> Ticket:
+        if not isinstance(arrays, Mapping):
+            raise TypeError(f"put_many takes a dict of arrays by key, not {type(arrays).__name__}")
         tensors = {_check_name(key): tensor.describe(array) for key, array in arrays.items()}
         entries = self._create(tensors, None if group is None else _check_name(group))
         writes = []
@@ -386,7 +403,7 @@ class TensorStore(EntryTransfer):
         completions: list[_core.Completion] = []
 
         def finish(error: BaseException | None) -> None:
-            with self._lock:
+            with self._inside(), self._lock:
                 try:
                     for entry in entries:
                         if error is None:
@@ -455,6 +472,7 @@ class TensorStore(EntryTransfer):
 
     # ---- reading ----------------------------------------------------------------------------
 
+    @inside
     def _start_get(
         self,
         wanted: Sequence[tuple[str, int | None, int | None, Any]],
@@ -473,16 +491,17 @@ class TensorStore(EntryTransfer):
         completions: list[_core.Completion] = []
 
         def finish(error: BaseException | None) -> Any:
-            try:
-                if error is not None:
-                    self._raise(error, entries)
-                for plan in plans:
-                    for copy in plan.finish:
-                        copy()
-                return shape_result(arrays)
-            finally:
-                self._release(entries)
-                self._unregister(ticket)
+            with self._inside():
+                try:
+                    if error is not None:
+                        self._raise(error, entries)
+                    for plan in plans:
+                        for copy in plan.finish:
+                            copy()
+                    return shape_result(arrays)
+                finally:
+                    self._release(entries)
+                    self._unregister(ticket)
 
         ticket = Ticket(completions, finish)
         try:

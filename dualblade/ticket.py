@@ -27,7 +27,8 @@ class Ticket:
     ) -> None:
         self._completions = completions
         self._finish = finish
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._is_begun = False
         self._is_settled = False
         self._value: Any = None
         self._error: BaseException | None = None
@@ -53,16 +54,19 @@ class Ticket:
         for completion in self._completions:
             error = _outcome(completion, deadline) or error
         with self._lock:
-            if self._is_settled:
-                return
             # Once, even if an interrupt cuts it short: what it gives back must not be given twice.
+            if self._is_begun:
+                return
+            self._is_begun = True
             finish, self._finish = self._finish, _nothing
-            self._is_settled = True
-            self._completions = ()
             try:
                 self._value = finish(error)
             except Exception as problem:  # noqa: BLE001  kept for result()
                 self._error = problem
+            finally:
+                # Last: whoever reads this without the lock reads the value next.
+                self._is_settled = True
+                self._completions = ()
 
     def __await__(self) -> Generator[Any, None, Any]:
         # The wait is in C without the GIL: a thread of the loop's executor costs only itself.

@@ -6,12 +6,14 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import dualblade
 from dualblade import _core
-from dualblade.errors import DualbladeError
+from dualblade.catalog import Catalog, catalog_path
+from dualblade.errors import DualbladeError, DualbladeWarning
 from dualblade.header import HEADER_BYTES, Header
 from dualblade.memory import format_size, limits
 from dualblade.safety import check_target
@@ -32,13 +34,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command's entry point; returns its exit status."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
-    except (DualbladeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", DualbladeWarning)
+            warnings.showwarning = _show_warning
+            status = options.run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read has seen enough. What is left goes nowhere, or the exit would complain again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (DualbladeError, ValueError, OSError, MemoryError) as error:
         print(f"dualblade: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("dualblade: interrupted", file=sys.stderr)
         return 1
+    else:
+        return int(status)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"dualblade: {message}", file=sys.stderr)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,7 +116,12 @@ def _confirm(target: str, size_bytes: int, what: str) -> bool:
     if not sys.stdin.isatty():
         print("Nothing was changed. Give --yes to format it.", file=sys.stderr)
         return False
-    if input("Type yes to format it: ").strip() != "yes":
+    try:
+        answer = input("Type yes to format it: ")
+    except EOFError:
+        answer = ""
+        print()
+    if answer.strip() != "yes":
         print("Nothing was changed.")
         return False
     return True
@@ -108,6 +129,11 @@ def _confirm(target: str, size_bytes: int, what: str) -> bool:
 
 def _info(options: argparse.Namespace) -> int:
     found = check_target(options.target, formatting=True)
+    if found.size_bytes < HEADER_BYTES:
+        raise ValueError(
+            f"{options.target} has {format_size(found.size_bytes)}: it holds no store, and is too "
+            f"small to say more of"
+        )
     with open(options.target, "rb") as file:
         header = Header.find(file.read(HEADER_BYTES), target=options.target)
     with dualblade.Device.open(options.target, read_only=True) as device:
@@ -133,6 +159,7 @@ def _info(options: argparse.Namespace) -> int:
         {
             "logical block": f"{about['lba_size']} bytes",
             "physical block": f"{about['physical_block_size']} bytes",
+            "memory alignment": f"{about['memory_align']} bytes",
             "largest transfer": format_size(about["max_transfer"]),
             "direct I/O": "yes" if about["direct"] else "no: this filesystem has no O_DIRECT",
             "direct path": about["engine"],
@@ -146,7 +173,25 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_unclean(target: str) -> None:
+    """Opening a store whose process was killed drops what it holds; looking at it must not."""
+    found = check_target(target, formatting=False)
+    if found.header is None:
+        raise ValueError(f"{target} is empty: `dualblade format {target} --size ...` makes a store")
+    path = catalog_path(target, found.kind, found.header.store_id)
+    with Catalog.open(path, found.header.store_id) as catalog:
+        if catalog.clean:
+            return
+        count = sum(1 for _ in catalog.records())
+    raise DualbladeError(
+        f"the store on {target} was changed and not closed or flushed when its process ended: the "
+        f"{count} tensors of its last save can't be trusted, and the next open starts empty. "
+        f"Nothing was written"
+    )
+
+
 def _stat(options: argparse.Namespace) -> int:
+    _refuse_unclean(options.target)
     with dualblade.open(options.target, create=False) as store:
         stats = store.stats()
         tensors = [store.info(key)._asdict() for key in store.keys()]
@@ -166,11 +211,13 @@ def _stat(options: argparse.Namespace) -> int:
     )
     for about in tensors:
         shape = "x".join(map(str, about["shape"])) or "scalar"
-        print(f"  {about['key']}  {shape} {about['dtype']}  {format_size(about['nbytes'])}")
+        key = about["key"] if about["key"].isprintable() else repr(about["key"])
+        print(f"  {key}  {shape} {about['dtype']}  {format_size(about['nbytes'])}")
     return 0
 
 
 def _check(options: argparse.Namespace) -> int:
+    _refuse_unclean(options.target)
     with dualblade.open(options.target, create=False, policy="direct") as store:
         count = len(store)
         problems = store.check()

@@ -549,7 +549,7 @@ def test_a_submitter_that_computes_holds_nobody_up(device: _core.Device):
 @pytest.mark.parametrize("path", PATHS)
 def test_stats_count_what_moved(device: _core.Device, path: str):
     before = device.stats()
-    assert not any(before[path].values())
+    assert not any(n for name, n in before[path].items() if name != "registered_bytes")
     device.write([(0, skewed(3 * CHUNK, 0))], path=path).wait()
     device.read([(0, skewed(2 * CHUNK, 0)), (CHUNK, skewed(CHUNK, 0))], path=path).wait()
     stats = device.stats()

@@ -1,6 +1,9 @@
 """The dualblade command, as a person runs it."""
 
+import contextlib
 import json
+import os
+import pty
 import subprocess
 import sys
 
@@ -87,3 +90,74 @@ def test_failures_are_one_line(tmp_path):
         assert done.stderr.startswith("dualblade: ")
         assert "Traceback" not in done.stderr
     assert strange.read_text().startswith("Dear Sir")
+
+
+def test_stat_shows_keys_that_would_garble_a_terminal_escaped(target):
+    with dualblade.open(target) as store:
+        store.put("a\x1b[31m\nb", np.ones(1))
+    done = run("stat", target)
+    assert done.returncode == 0, done.stderr
+    assert "'a\\x1b[31m\\nb'  1 float64" in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_a_reader_that_leaves_early_is_no_traceback(target):
+    with dualblade.open(target, memory="1MiB") as store:
+        store.put_many({f"{i:0500}": np.ones(1) for i in range(500)})  # more than a pipe holds
+    command = [sys.executable, "-m", "dualblade.cli.admin", "stat", str(target)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
+def test_info_on_a_file_that_is_too_small(tmp_path):
+    path = tmp_path / "note.txt"
+    path.write_text("hello\n")
+    done = run("info", path)
+    assert done.returncode == 1
+    assert "it holds no store" in done.stderr
+
+
+def test_end_of_input_is_not_a_yes(target):
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execv(sys.executable, [sys.executable, "-m", "dualblade.cli.admin", "format", target])
+    seen = b""
+    while b"Type yes" not in seen:
+        seen += os.read(terminal, 4096)
+    os.write(terminal, b"\x04")
+    with contextlib.suppress(OSError):  # EIO when the other side has gone
+        while part := os.read(terminal, 4096):
+            seen += part
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 1
+    os.close(terminal)
+    assert b"Traceback" not in seen
+    assert seen.endswith(b"Nothing was changed.\r\n")
+    with dualblade.open(target) as store:
+        assert "a" in store
+
+
+KILLED = """
+import os, sys, numpy as np, dualblade
+store = dualblade.open(sys.argv[1])
+store.put("b", np.ones(10))
+os._exit(1)
+"""
+
+
+@pytest.mark.parametrize("command", ["stat", "check"])
+def test_looking_at_a_store_that_was_not_closed_leaves_it_alone(target, command):
+    subprocess.run([sys.executable, "-c", KILLED, target], check=False, timeout=60)
+    done = run(command, target)
+    assert done.returncode == 1
+    assert "not closed" in done.stderr
+    assert done.stderr.startswith("dualblade: the store on ")
+    assert done.stderr.count("\n") == 1
+    assert "the 1 tensors" in done.stderr
+    assert run(command, target).stderr == done.stderr

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import textwrap
 import warnings
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -426,3 +429,68 @@ def test_a_store_killed_before_its_first_flush_can_be_opened(path: Path) -> None
         dualblade.open(path) as store,
     ):
         assert len(store) == 0
+
+
+CLOSES_IN_HANDLER = """
+import os, signal, sys, threading, numpy as np, dualblade
+store = dualblade.open(sys.argv[1], size="64MiB", memory="4MiB", format=True)
+store.reserve("rows", (1 << 20, 8), "float32")
+store.put("large", np.ones(4 << 20, "float32"))
+signal.signal(signal.SIGALRM, lambda *_: store.close())
+signal.setitimer(signal.ITIMER_REAL, float(sys.argv[2]))
+rows = np.ones((1000, 8), "float32")
+count = 0
+try:
+    while True:
+        if sys.argv[3] == "append":
+            store.append("rows", rows)
+            store.truncate("rows", 0)
+        elif sys.argv[3] == "flush":
+            store.put("small", rows)
+            store.flush()
+        elif sys.argv[3] == "check":
+            assert store.check() == []
+        else:
+            store.get("large")
+        count += 1
+except dualblade.ClosedError:
+    print("closed")
+"""
+
+
+@pytest.mark.parametrize("operation", ["append", "flush", "check", "get"])
+@pytest.mark.parametrize("after_s", [0.05, 0.173])
+def test_a_signal_handler_may_close_the_store_it_interrupts(tmp_path, operation, after_s):
+    done = subprocess.run(
+        [sys.executable, "-c", CLOSES_IN_HANDLER, tmp_path / "kv.img", str(after_s), operation],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "closed", "")
+    with dualblade.open(tmp_path / "kv.img") as store:
+        assert "large" in store
+        assert store.check() == []
+
+
+def test_a_store_can_not_be_copied(tmp_path):
+    with dualblade.open(tmp_path / "kv.img", size="4MiB") as store:
+        store.put("a", np.ones(10))
+        for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(dualblade.UnsupportedError, match="open device"):
+                attempt(store)
+        assert (store.get("a") == 1).all()
+
+
+def test_tickets_that_nobody_waits_for_let_go_of_their_arrays(tmp_path):
+    with dualblade.open(tmp_path / "kv.img", size="64MiB") as store:
+        alive = []
+        for i in range(50):
+            array = dualblade.aligned_empty((1 << 20,), np.uint8)
+            alive.append(weakref.ref(array))
+            store.put_async(f"k{i % 40}", array)
+            store.get("k0")
+            del array
+        gc.collect()
+        assert sum(ref() is not None for ref in alive) < 10

@@ -1,0 +1,135 @@
+"""What every benchmark shares: its common options, medians with their spread, table, JSON, plot."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Spread = dict[str, Any]
+"""{"median", "min", "max", "values"} of the rounds, in the unit that its name in a row says."""
+
+
+def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
+    """The options that every benchmark has."""
+    parser.add_argument(
+        "--rounds", type=positive, default=rounds, help="how often; figures are medians"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny: does it run? Figures mean little"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw it (needs matplotlib)")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """The median of some figures and how far they lie apart."""
+    figures = list(values)
+    return {
+        "median": statistics.median(figures),
+        "min": min(figures),
+        "max": max(figures),
+        "values": figures,
+    }
+
+
+def shown(figures: Spread | None, digits: int) -> str:
+    """A spread as a table shows it: "1890 [1802-1911]"."""
+    if figures is None:
+        return "-"
+    median, low, high = (f"{figures[name]:.{digits}f}" for name in ("median", "min", "max"))
+    return median if len(figures["values"]) == 1 else f"{median} [{low}-{high}]"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns as wide as their content. The first `left` and the last are aligned to the left."""
+    widths = [max(len(cell) for cell in column) for column in zip(heads, *rows, strict=True)]
+    lines = []
+    for row in [heads, *rows]:
+        cells = [
+            cell.ljust(width) if i < left or i == len(row) - 1 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * max(len(line) for line in lines))
+    return "\n".join(lines)
+
+
+def progress(text: str) -> None:
+    """Says on a terminal what is being measured; the next line takes its place."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def write_json(path: str | None, document: Mapping[str, Any]) -> None:
+    """Writes the document where one was asked for."""
+    if path is not None:
+        Path(path).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+
+
+class Panel:
+    """One bar chart: for each group (a workload) a bar for each series (a contender)."""
+
+    def __init__(self, title: str, unit: str, *, logarithmic: bool = False) -> None:
+        self.title = title
+        self.unit = unit
+        self.logarithmic = logarithmic
+        self.bars: dict[str, dict[str, Spread]] = {}
+
+    def add(self, group: str, series: str, figures: Spread | None) -> None:
+        """A bar, unless there are no figures for it."""
+        if figures is not None:
+            self.bars.setdefault(group, {})[series] = figures
+
+
+def plot_error() -> str | None:
+    """Why plots can't be drawn, or None."""
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError as error:
+        return f"--plot needs matplotlib ({error}): pip install matplotlib"
+    return None
+
+
+def plot(path: str, title: str, panels: Sequence[Panel]) -> None:
+    """Draws the panels below each other; whiskers are the least and the most."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4 * len(panels) + 1), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)
+    for panel, axis in zip(panels, axes[:, 0], strict=True):
+        groups = list(panel.bars)
+        names = list(dict.fromkeys(series for bars in panel.bars.values() for series in bars))
+        width = 0.8 / len(names)
+        for i, name in enumerate(names):
+            found = [(g, panel.bars[group][name]) for g, group in enumerate(groups)
+                     if name in panel.bars[group]]  # fmt: skip
+            medians = [figures["median"] for _, figures in found]
+            whiskers = [
+                [figures["median"] - figures["min"] for _, figures in found],
+                [figures["max"] - figures["median"] for _, figures in found],
+            ]
+            places = [g + (i - (len(names) - 1) / 2) * width for g, _ in found]
+            axis.bar(places, medians, width, yerr=whiskers, label=name, error_kw={"lw": 0.8})
+        axis.set_xticks(range(len(groups)), groups)
+        axis.set_ylabel(panel.unit)
+        axis.set_title(panel.title)
+        axis.grid(axis="y", alpha=0.3)
+        if panel.logarithmic:
+            axis.set_yscale("log")
+        axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
+    figure.suptitle(title, fontsize="small")
+    figure.savefig(path, dpi=110)
