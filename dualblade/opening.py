@@ -220,8 +220,6 @@ def _created(path: str, size_bytes: int | None, create: bool | None) -> Iterator
 
 def _refuse_strange_catalog(target: str) -> None:
     """The catalog of a new store replaces an old one, but never a file that only has its name."""
-    if _bears_header(target):
-        return  # whatever the catalog looks like now, it is the one of the store that goes
     path = catalog_path(target, "file", "")
     try:
         with open(path, "rb") as file:
@@ -235,7 +233,8 @@ def _refuse_strange_catalog(target: str) -> None:
     is_ours = is_sqlite and page[68:72] == b"DBLD"
     # Until SQLite first folds its log back there is one page, without a table and without our mark.
     is_blank = is_sqlite and is_one_page and page[103:105] == b"\0\0"
-    if page and not is_ours and not is_blank:
+    # Under a header of ours, whatever it looks like now, it is the catalog of the store that goes.
+    if page and not is_ours and not is_blank and not _bears_header(target):
         raise DeviceRefusedError(
             errno.EEXIST,
             f"the index of a store on {target} belongs into {path}, but that is a file which "
