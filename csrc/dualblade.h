@@ -113,7 +113,7 @@ struct db_io {
     uint64_t *checksums;  /* one for each chunk_bytes of the buffer, or NULL.
                              write: filled in.  read: compared, -EBADMSG on a mismatch */
     /* results */
-    int error;             /* 0 or the -errno of the first request that failed */
+    int error;             /* 0 or the -errno of the first of its pieces that failed */
     uint64_t error_offset; /* where on the device */
 };
 

@@ -250,9 +250,11 @@ static void release(struct db_queue *queue, struct db_request *request)
 
 static void fail(struct db_queue *queue, struct db_request *request, int error)
 {
-    if (!request->io->error) {
+    /* Pieces end in any order: what is reported is where the trouble begins. */
+    uint64_t offset = request->piece_offset + request->moved_bytes;
+    if (!request->io->error || offset < request->io->error_offset) {
         request->io->error = error;
-        request->io->error_offset = request->piece_offset + request->moved_bytes;
+        request->io->error_offset = offset;
     }
     if (error == -EBADMSG)
         queue->stats.checksum_mismatches++;
