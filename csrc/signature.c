@@ -27,7 +27,7 @@
 struct probe; /* struct blkid_struct_probe */
 
 static struct {
-    void *library;
+    void *handle;
     struct probe *(*new_probe)(void);
     void (*free_probe)(struct probe *probe);
     int (*set_device)(struct probe *probe, int fd, int64_t offset, int64_t size);
@@ -69,7 +69,7 @@ static void load_blkid(void)
         }
         memcpy(symbols[i].function, &symbol, sizeof symbol);
     }
-    blkid.library = library;
+    blkid.handle = library;
 }
 
 static int open_target(const char *path)
@@ -131,7 +131,7 @@ int db_find_signature(const char *path, char *name, size_t name_size)
     if (name_size == 0)
         return -EINVAL;
     pthread_once(&blkid_once, load_blkid);
-    if (blkid.library == NULL)
+    if (blkid.handle == NULL)
         return -ENOSYS;
     int fd = open_target(path);
     if (fd < 0)

@@ -46,6 +46,9 @@ def inside(method: Callable[..., Any]) -> Callable[..., Any]:
 class EntryAccess:
     """The lock, the state and the holds of a store."""
 
+    close: Callable[[], None]
+    """The store's: it knows what to do once nothing is under way."""
+
     def __init__(self, index: Index, catalog: Catalog, residency: Residency) -> None:
         self._index = index
         self._catalog = catalog
@@ -83,10 +86,6 @@ class EntryAccess:
         self._here = _Here()
         if self._state != "closed":
             self._state = "forked"
-
-    def close(self) -> None:
-        """Ends what this class keeps apart; the store says how."""
-        raise ClosedError("only a store can be closed")
 
     @contextmanager
     def _inside(self) -> Iterator[None]:
