@@ -148,6 +148,8 @@ static struct db_queue_config configure(const struct db_device *device, enum db_
         .lba_bytes = direct ? device->geometry.lba_bytes : 1,
         .memory_align_bytes = direct ? device->geometry.memory_align_bytes : 1,
         .staging_bytes = direct ? options->staging_bytes : 0,
+        .sqpoll = path == DB_PATH_DIRECT && options->sqpoll,
+        .iopoll = path == DB_PATH_DIRECT && options->iopoll,
     };
 }
 
@@ -180,8 +182,14 @@ static int try_engine(struct db_device *device, enum db_engine_id id)
 
 static int choose_engine(struct db_device *device)
 {
-    if (device->options.engine != DB_ENGINE_AUTO)
-        return try_engine(device, device->options.engine);
+    enum db_engine_id wanted = device->options.engine;
+    if (device->options.sqpoll || device->options.iopoll) {
+        if (wanted != DB_ENGINE_AUTO && wanted != DB_ENGINE_URING)
+            return -EOPNOTSUPP;
+        wanted = DB_ENGINE_URING;
+    }
+    if (wanted != DB_ENGINE_AUTO)
+        return try_engine(device, wanted);
     int rc = try_engine(device, DB_ENGINE_URING);
     /* On buffered files AIO blocks in io_submit: the threads are better. */
     if (rc && device->geometry.has_direct)

@@ -42,6 +42,9 @@ struct db_device_options {
     uint32_t request_bytes;   /* larger transfers are split at this; a multiple of chunk_bytes */
     uint64_t staging_bytes;   /* aligned memory for buffers that direct I/O cannot use in place */
     bool read_only;
+    bool sqpoll; /* a kernel thread takes requests without a system call; io_uring only */
+    bool iopoll; /* completions are polled for, not interrupted for; io_uring, where the driver
+                    has queues for it */
 };
 
 struct db_geometry {
@@ -74,6 +77,7 @@ struct db_device;
  *   -EISDIR, -ENOTBLK  neither a file nor a block device
  *   -EINVAL  empty, or an option out of range       -ENOSYS  the engine asked for is not built in
  *   -EUSERS  a limit is reached: fs.aio-max-nr, or RLIMIT_NPROC for the threads
+ *   -EOPNOTSUPP  sqpoll or iopoll with another engine, or on a device that can't
  *   and whatever open(2), io_uring_setup(2) or io_setup(2) gives. */
 int db_device_open(const char *path, const struct db_device_options *options,
                    struct db_device **out);

@@ -47,6 +47,7 @@ struct db_engine_config {
     int fd;           /* of every request, so that it can be registered */
     uint32_t depth;   /* requests that can be in flight at once */
     uint32_t threads; /* engine_threads.c */
+    bool sqpoll, iopoll; /* engine_uring.c */
     /* For engines with threads of their own: called there, without locks, before a request moves
      * and after its result is known, so that checksums and copies run beside each other. */
     void (*before)(struct db_request *request, void *context);

@@ -23,9 +23,11 @@ const struct db_engine_ops db_engine_uring = {.name = "uring", .open = uring_ope
 
 #else
 
+#include "clock.h"
 #include "refused.h"
 
 #include <liburing.h>
+#include <sched.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -41,6 +43,8 @@ struct db_engine {
     struct db_refused refused;
     bool has_file;   /* the file is registered, as the only one */
     bool has_memory; /* there is a table for registered memory */
+    bool has_kernel_thread; /* it takes entries from the ring as they appear: SQPOLL */
+    bool must_poll; /* nothing completes unless we look: IOPOLL without such a thread */
 };
 
 static void uring_close(struct db_engine *engine)
@@ -89,7 +93,14 @@ static int uring_open(const struct db_engine_config *config, struct db_engine **
     if (!engine)
         return -ENOMEM;
     struct io_uring_params params = {.flags = IORING_SETUP_CLAMP};
-    int rc = io_uring_queue_init_params(config->depth, &engine->ring, &params);
+    if (config->sqpoll)
+        params.flags |= IORING_SETUP_SQPOLL;
+    if (config->iopoll)
+        params.flags |= IORING_SETUP_IOPOLL;
+    /* The kernel's thread gives entries back a batch at a time, after the first of the batch may
+     * have completed: with twice as many as requests there is always one free. */
+    uint32_t entries = config->sqpoll ? 2 * config->depth : config->depth;
+    int rc = io_uring_queue_init_params(entries, &engine->ring, &params);
     if (rc) { /* EPERM, ENOSYS: forbidden here; ENOMEM: RLIMIT_MEMLOCK; EINVAL: an old kernel */
         free(engine);
         return rc;
@@ -97,9 +108,9 @@ static int uring_open(const struct db_engine_config *config, struct db_engine **
     rc = check_features(&engine->ring);
     if (!rc)
         rc = io_uring_ring_dontfork(&engine->ring); /* a child must not write to our rings */
-    if (!rc && params.sq_entries < config->depth)
+    if (!rc && params.sq_entries < entries)
         rc = -EINVAL;
-    if (!rc)
+    if (!rc && !config->iopoll) /* such a ring takes only what can be polled for */
         rc = try_noop(&engine->ring);
     if (rc) {
         io_uring_queue_exit(&engine->ring);
@@ -107,6 +118,8 @@ static int uring_open(const struct db_engine_config *config, struct db_engine **
         return rc;
     }
     engine->staged_end = &engine->staged;
+    engine->has_kernel_thread = config->sqpoll;
+    engine->must_poll = config->iopoll && !config->sqpoll;
     /* Both spare the kernel work at each request, and neither is needed: a table that can be filled
      * later came with Linux 5.19. */
     engine->has_file = io_uring_register_files(&engine->ring, &config->fd, 1) == 0;
@@ -199,6 +212,9 @@ static uint32_t uring_commit(struct db_engine *engine)
         atomic_fetch_add(&engine->in_kernel, engine->staged_count);
         int rc = io_uring_submit(&engine->ring);
         crossings++;
+        /* The kernel's thread takes them all, when it gets there. */
+        if (engine->has_kernel_thread && rc >= 0)
+            rc = (int)engine->staged_count;
         assert(rc <= (int)engine->staged_count);
         atomic_fetch_sub(&engine->in_kernel, engine->staged_count - (rc > 0 ? rc : 0));
         if (rc > 0) {
@@ -217,13 +233,35 @@ static uint32_t uring_commit(struct db_engine *engine)
     return crossings;
 }
 
+/* Looks for completions until there is one or the time is up. The kernel could do so by itself, but
+ * knows no end of it other than a completion. */
+static int poll_in_kernel(struct db_engine *engine, int64_t timeout_ns)
+{
+    int64_t deadline_ns = timeout_ns < 0 ? INT64_MAX : db_deadline_ns(timeout_ns);
+    do {
+        if (engine->in_kernel == 0)
+            sched_yield(); /* another thread is about to submit what we wait for */
+        int rc = io_uring_get_events(&engine->ring);
+        if (rc < 0 && rc != -EAGAIN && rc != -EBUSY)
+            return rc;
+        if (io_uring_cq_ready(&engine->ring) > 0)
+            return 0;
+    } while (db_now_ns() < deadline_ns);
+    return -ETIME;
+}
+
 /* 0 when there may be something to reap, -errno otherwise. */
 static int wait_in_kernel(struct db_engine *engine, int64_t timeout_ns)
 {
     struct io_uring_cqe *first;
     struct __kernel_timespec timeout = {timeout_ns / 1000000000, timeout_ns % 1000000000};
-    int rc = timeout_ns < 0 ? io_uring_wait_cqe(&engine->ring, &first)
-                            : io_uring_wait_cqes(&engine->ring, &first, 1, &timeout, NULL);
+    int rc;
+    if (engine->must_poll)
+        rc = poll_in_kernel(engine, timeout_ns);
+    else if (timeout_ns < 0)
+        rc = io_uring_wait_cqe(&engine->ring, &first);
+    else
+        rc = io_uring_wait_cqes(&engine->ring, &first, 1, &timeout, NULL);
     if (rc == 0 || rc == -ETIME || rc == -EINTR || rc == -EAGAIN)
         return rc;
     /* Forbidden after open(). What the kernel has taken it will still complete, in memory that we
@@ -243,7 +281,8 @@ static int uring_reap(struct db_engine *engine, struct db_request **done, uint32
     if (max > 64)
         max = 64;
     unsigned count = io_uring_peek_batch_cqe(&engine->ring, cqes, max);
-    if (count == 0 && timeout_ns != 0 && wait_in_kernel(engine, timeout_ns) == 0)
+    bool looks_in_kernel = timeout_ns != 0 || engine->must_poll;
+    if (count == 0 && looks_in_kernel && wait_in_kernel(engine, timeout_ns) == 0)
         count = io_uring_peek_batch_cqe(&engine->ring, cqes, max);
     atomic_fetch_sub(&engine->in_kernel, count);
     for (unsigned i = 0; i < count; i++) {

@@ -511,6 +511,8 @@ int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
             .fd = config->fd,
             .depth = config->depth,
             .threads = config->threads,
+            .sqpoll = config->sqpoll,
+            .iopoll = config->iopoll,
             .before = prepare,
             .after = finish,
             .context = queue,

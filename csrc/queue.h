@@ -14,6 +14,7 @@ struct db_queue_config {
     uint32_t lba_bytes;          /* 1 where any length and offset will do */
     uint32_t memory_align_bytes; /* 1 where any address will do */
     uint64_t staging_bytes;      /* 0 where nothing is ever staged */
+    bool sqpoll, iopoll;
 };
 
 struct db_queue;

@@ -50,6 +50,8 @@ class Device:
         request_bytes: int = 262144,
         staging_bytes: int = 8388608,
         read_only: bool = False,
+        sqpoll: bool = False,
+        iopoll: bool = False,
     ) -> Device: ...
     def read(
         self,

@@ -43,6 +43,7 @@ from libc.errno cimport (
     ENOSPC,
     ENOSYS,
     EOPNOTSUPP,
+    EPERM,
     ETIMEDOUT,
 )
 from libc.stdint cimport int64_t, uint32_t, uint64_t, uintptr_t
@@ -199,7 +200,8 @@ cdef class Device:
 
     @staticmethod
     def open(target, engine="auto", queue_depth=256, *, threads=4, chunk_bytes=262144,
-             request_bytes=262144, staging_bytes=8388608, read_only=False):
+             request_bytes=262144, staging_bytes=8388608, read_only=False, sqpoll=False,
+             iopoll=False):
         """Opens a file or a block device and locks it against other processes.
 
         engine is that of the direct path: "uring", "aio", "threads", or "auto" for the first of
@@ -208,8 +210,14 @@ cdef class Device:
         where larger transfers are split, staging_bytes the aligned memory for buffers that
         direct I/O cannot use in place.
 
+        sqpoll: a kernel thread takes the requests, which costs no system call and up to a
+        processor. iopoll: completions are polled for, which takes a processor while anything is
+        in flight and saves the interrupt; only devices whose driver has queues for it can. Both
+        are io_uring's, on the direct path, and rule out the other engines.
+
         Raises DeviceRefusedError if another process, a mount or the kernel holds it, ValueError
-        for an option out of range, DeviceError for what the system refuses."""
+        for an option out of range, UnsupportedError for an engine or a way of polling that does
+        not work here, DeviceError for what the system refuses."""
         cdef db_device_options options
         cdef Device device = Device.__new__(Device)
         if engine not in _ENGINES:
@@ -221,6 +229,10 @@ cdef class Device:
         options.request_bytes = _option(request_bytes, "request_bytes", DB_BLOCK_BYTES, 1 << 30)
         options.staging_bytes = _option(staging_bytes, "staging_bytes", 0, 1 << 40)
         options.read_only = bool(read_only)
+        options.sqpoll = bool(sqpoll)
+        options.iopoll = bool(iopoll)
+        if (sqpoll or iopoll) and engine not in ("auto", "uring"):
+            raise ValueError(f"sqpoll and iopoll are io_uring's: engine {engine!r} has neither")
         if options.chunk_bytes & (options.chunk_bytes - 1):
             raise ValueError(f"chunk_bytes must be a power of two, got {chunk_bytes}")
         if options.request_bytes % options.chunk_bytes:
@@ -624,6 +636,17 @@ cdef int _raise_open_error(int error, str target, str engine,
             f'engine "{engine}" is not available here ({os.strerror(error)}): '
             'use engine="auto"'
         )
+    if options.sqpoll or options.iopoll:
+        if error == EOPNOTSUPP and options.iopoll:
+            raise UnsupportedError(
+                f"completions on {target} can't be polled for: it is not a device whose driver has "
+                "polling queues (NVMe: the nvme module's option poll_queues=N); leave iopoll out"
+            )
+        if error in (EOPNOTSUPP, ENOSYS, EPERM):
+            raise UnsupportedError(
+                f"sqpoll and iopoll need io_uring, which does not work on {target} here "
+                f"({os.strerror(error)}): leave them out"
+            )
     if error == EINVAL:
         raise ValueError(
             f"{target} cannot be opened: it is empty, or an option is out of range "

@@ -54,6 +54,8 @@ cdef extern from "dualblade.h" nogil:
         uint32_t request_bytes
         uint64_t staging_bytes
         bint read_only
+        bint sqpoll
+        bint iopoll
 
     struct db_geometry:
         uint64_t size_bytes

@@ -57,6 +57,8 @@ def open_store(
     policy: Policy = "dual",
     engine: Literal["auto", "uring", "aio", "threads"] = "auto",
     queue_depth: int = 256,
+    sqpoll: bool = False,
+    iopoll: bool = False,
     durable: bool = False,
     verify: Literal["always", "open", "never"] = "always",
 ) -> TensorStore:
@@ -72,6 +74,8 @@ def open_store(
     policy   "dual": groups that fit into `memory` are page-cached, the others are read past the
              page cache; "pagecache" or "direct": all of them.
     engine   of the direct path; "auto" takes the first of uring, aio and threads that works here.
+    sqpoll, iopoll   a kernel thread submits, completions are polled for: less latency, for a
+             processor each. See Device.open.
     verify   when checksums are compared: at every read ("always"), once now ("open"), or "never".
 
     Raises DeviceRefusedError for what is in use or not ours, NoSpaceError, DeviceError,
@@ -96,6 +100,8 @@ def open_store(
             chunk_bytes=found.header.chunk_bytes if found.header else CHUNK_BYTES,
             request_bytes=found.header.chunk_bytes if found.header else CHUNK_BYTES,
             staging_bytes=STAGING_BYTES,
+            sqpoll=sqpoll,
+            iopoll=iopoll,
         )
         try:
             fallbacks = _fallbacks(device, engine)
