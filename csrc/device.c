@@ -26,7 +26,13 @@
 #define SYS_cachestat 451
 #endif
 
-enum { ENGINE_COUNT = DB_ENGINE_THREADS + 1, DEPTH_MAX = 4096, THREADS_MAX = 64 };
+enum {
+    ENGINE_COUNT = DB_ENGINE_THREADS + 1,
+    DEPTH_MAX = 4096,
+    THREADS_MAX = 64,
+    /* A copy is spread over threads, and its checksum finds it in the processor's cache. */
+    PAGECACHE_REQUEST_BYTES = 256 << 10,
+};
 
 struct db_device {
     struct db_geometry geometry;
@@ -101,10 +107,9 @@ static int check_options(const struct db_device_options *options)
                 options->queue_depth <= DEPTH_MAX && options->threads >= 1 &&
                 options->threads <= THREADS_MAX && options->chunk_bytes >= DB_BLOCK_BYTES &&
                 (options->chunk_bytes & (options->chunk_bytes - 1)) == 0 &&
-                options->request_bytes >= options->chunk_bytes &&
                 options->request_bytes % options->chunk_bytes == 0 &&
                 options->request_bytes <= (1u << 30) &&
-                options->staging_bytes >= options->request_bytes;
+                options->staging_bytes >= options->chunk_bytes;
     return sane ? 0 : -EINVAL;
 }
 
@@ -138,13 +143,17 @@ static struct db_queue_config configure(const struct db_device *device, enum db_
 {
     const struct db_device_options *options = &device->options;
     bool direct = path == DB_PATH_DIRECT && device->geometry.has_direct;
+    uint32_t request_bytes = options->request_bytes;
+    if (request_bytes == 0 && path == DB_PATH_PAGECACHE)
+        request_bytes = PAGECACHE_REQUEST_BYTES > options->chunk_bytes ? PAGECACHE_REQUEST_BYTES
+                                                                       : options->chunk_bytes;
     return (struct db_queue_config){
         .engine = &db_engine_threads,
         .fd = direct ? device->direct_fd : device->buffered_fd,
         .depth = path == DB_PATH_DIRECT ? options->queue_depth : 4 * options->threads,
         .threads = options->threads,
         .chunk_bytes = options->chunk_bytes,
-        .request_bytes = options->request_bytes,
+        .request_bytes = request_bytes,
         .lba_bytes = direct ? device->geometry.lba_bytes : 1,
         .memory_align_bytes = direct ? device->geometry.memory_align_bytes : 1,
         .staging_bytes = direct ? options->staging_bytes : 0,

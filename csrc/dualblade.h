@@ -39,7 +39,8 @@ struct db_device_options {
     uint32_t queue_depth;     /* requests in flight on the direct path, 1 to 4096 */
     uint32_t threads;         /* workers of each threads engine, 1 to 64 */
     uint32_t chunk_bytes;     /* what one checksum covers; a power of two >= DB_BLOCK_BYTES */
-    uint32_t request_bytes;   /* larger transfers are split at this; a multiple of chunk_bytes */
+    uint32_t request_bytes;   /* larger transfers are split at this, a multiple of chunk_bytes; 0:
+                                 at what is measured to be best while they run (direct path) */
     uint64_t staging_bytes;   /* aligned memory for buffers that direct I/O cannot use in place */
     bool read_only;
     bool sqpoll; /* a kernel thread takes requests without a system call; io_uring only */
@@ -68,6 +69,7 @@ struct db_path_stats {
     uint64_t submits;                 /* crossings into the kernel to submit */
     uint64_t registered_bytes;        /* memory that the engine knows, staging included */
     uint32_t in_flight;               /* requests in use now */
+    uint32_t read_request_bytes, write_request_bytes; /* at which large transfers are split now */
 };
 
 struct db_device;

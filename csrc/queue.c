@@ -2,8 +2,8 @@
  *
  * A batch lists contiguous runs. Each is carved into pieces of at most request_bytes; a piece takes
  * a request from a fixed pool and, where direct I/O cannot use the caller's memory (its address or
- * its length is not aligned), a slot of staging memory. A piece holds whole checksum chunks, so the
- * checksum is taken while the piece is in the processor's cache.
+ * its length is not aligned), a slot of staging memory, which is smaller than a large request. A
+ * piece holds whole checksum chunks, so that no two requests share one.
  *
  * There is no thread here. Whoever waits drives: the first waiter becomes the leader and reaps from
  * the engine for everybody, the others sleep until a batch is done or the leader leaves. So one
@@ -16,6 +16,7 @@
 
 #include "clock.h"
 #include "counters.h"
+#include "request_size.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -24,8 +25,13 @@
 #include <time.h>
 
 enum {
-    CARVE_MAX = 16,      /* pieces prepared before the kernel is told: checksums overlap I/O */
+    /* Prepared before the kernel is told, so that checksums and copies overlap I/O: pieces, and
+     * bytes, which are that many and one piece at most. */
+    CARVE_MAX = 16,
+    CARVE_BYTES = 4 << 20,
+    READS_IN_ROW_MAX = 16, /* while writes wait */
     REAP_MAX = 64,
+    SLOT_BYTES = 256 << 10, /* of staging, or one chunk where that is more */
     RETRIES_MAX = 64,    /* of a request that moved nothing: EINTR, EAGAIN, less than a block */
     /* The longest wait in the kernel. A request that the kernel would not take, when another
      * thread committed it, is the engine's to hand back and wakes nobody who waits there. */
@@ -43,10 +49,15 @@ struct db_queue {
     struct db_request *requests;
     struct db_request *free_requests;
     struct db_request *resumes; /* short transfers to be continued */
-    struct db_batch *pending, **pending_end; /* batches with pieces still to be carved */
+    /* Batches with pieces still to be carved. Reads go first, because somebody computes with what
+     * they bring, but not for ever. */
+    struct db_batch *pending[2], **pending_end[2];
+    uint32_t reads_in_row;
+    struct db_request_size sizes[2];
 
     uint8_t *staging;
     uint64_t staging_length;
+    uint32_t slot_bytes;
     uint8_t **free_slots;
     uint32_t free_slot_count;
     struct db_regions regions; /* registered memory */
@@ -102,10 +113,22 @@ static void finish(struct db_request *request, void *context)
 
 /* ---- carving (lock held) --------------------------------------------------------------------- */
 
-static bool needs_staging(const struct db_queue *queue, const void *memory, uint64_t length)
+/* How much of the `left` bytes at `memory` the next piece takes, at most `limit`, and whether
+ * through staging. Only what is not aligned goes there: of a run that ends within a block, the
+ * last chunk. */
+static uint32_t piece_length(const struct db_queue *queue, const void *memory, uint64_t left,
+                             uint64_t limit, bool *staged)
 {
-    return (uintptr_t)memory % queue->config.memory_align_bytes != 0 ||
-           length % queue->config.lba_bytes != 0;
+    const struct db_queue_config *config = &queue->config;
+    *staged = (uintptr_t)memory % config->memory_align_bytes != 0;
+    if (!*staged && left <= limit && left % config->lba_bytes != 0) {
+        *staged = left <= config->chunk_bytes;
+        if (!*staged)
+            left = (left - 1) / config->chunk_bytes * config->chunk_bytes;
+    }
+    if (*staged)
+        limit = queue->slot_bytes;
+    return (uint32_t)(left < limit ? left : limit);
 }
 
 /* Moves the batch's cursor to the next byte that needs a request; false when there is none. */
@@ -133,11 +156,11 @@ static void point_at_rest(struct db_request *request)
 static struct db_request *carve(struct db_queue *queue, struct db_batch *batch)
 {
     struct db_io *io = &batch->ios[batch->next_io];
-    uint64_t left = io->length - batch->next_byte;
-    uint32_t length = (uint32_t)(left < queue->config.request_bytes ? left
-                                                                   : queue->config.request_bytes);
     uint8_t *user = (uint8_t *)io->buffer + batch->next_byte;
-    bool staged = needs_staging(queue, user, length);
+    struct db_request_size *size = &queue->sizes[batch->direction];
+    bool staged;
+    uint32_t length =
+        piece_length(queue, user, io->length - batch->next_byte, size->now_bytes, &staged);
     if (!queue->free_requests || (staged && queue->free_slot_count == 0))
         return NULL;
 
@@ -156,8 +179,11 @@ static struct db_request *carve(struct db_queue *queue, struct db_batch *batch)
         .piece_bytes = (uint32_t)round_up(length, queue->config.lba_bytes),
         .staging = staged ? queue->free_slots[--queue->free_slot_count] : NULL,
         .checksums = io->checksums ? io->checksums + chunk : NULL,
+        .is_large = io->length >= DB_REQUEST_MOST_BYTES,
         .busy = true,
     };
+    if (request->is_large && db_request_size_is_waiting(size))
+        db_request_size_started(size, db_now_ns());
     point_at_rest(request);
     request->slot = db_regions_find(&queue->regions, request->buffer, request->length);
     assert(request->offset % queue->config.lba_bytes == 0);
@@ -175,28 +201,50 @@ static void batch_finished(struct db_queue *queue)
     pthread_cond_broadcast(&queue->changed);
 }
 
+/* The next piece of the batches of one direction; NULL if there is none, or no room for it. */
+static struct db_request *carve_from(struct db_queue *queue, enum db_direction direction)
+{
+    struct db_batch *batch;
+    while ((batch = queue->pending[direction])) {
+        if (find_piece(batch))
+            return carve(queue, batch);
+        queue->pending[direction] = batch->next;
+        if (!batch->next)
+            queue->pending_end[direction] = &queue->pending[direction];
+        batch->issued = true;
+        if (batch->in_flight == 0)
+            batch_finished(queue);
+    }
+    return NULL;
+}
+
+static struct db_request *carve_next(struct db_queue *queue)
+{
+    enum db_direction first = queue->reads_in_row < READS_IN_ROW_MAX ? DB_READ : DB_WRITE;
+    struct db_request *request = carve_from(queue, first);
+    if (!request)
+        request = carve_from(queue, first == DB_READ ? DB_WRITE : DB_READ);
+    if (!request)
+        return NULL;
+    bool passed_writes = request->direction == DB_READ && queue->pending[DB_WRITE];
+    queue->reads_in_row = passed_writes ? queue->reads_in_row + 1 : 0;
+    return request;
+}
+
 static uint32_t carve_some(struct db_queue *queue, struct db_request **out)
 {
     uint32_t count = 0;
-    while (count < CARVE_MAX && queue->resumes) {
-        out[count] = queue->resumes;
-        queue->resumes = out[count++]->next;
-    }
-    while (count < CARVE_MAX && queue->pending) {
-        struct db_batch *batch = queue->pending;
-        if (find_piece(batch)) {
-            struct db_request *request = carve(queue, batch);
-            if (!request)
-                break;
-            out[count++] = request;
-        } else {
-            queue->pending = batch->next;
-            if (!queue->pending)
-                queue->pending_end = &queue->pending;
-            batch->issued = true;
-            if (batch->in_flight == 0)
-                batch_finished(queue);
-        }
+    uint64_t bytes = 0;
+    while (count < CARVE_MAX && bytes < CARVE_BYTES) {
+        struct db_request *request = queue->resumes;
+        if (request)
+            queue->resumes = request->next;
+        else
+            request = carve_next(queue);
+        if (!request)
+            break;
+        bytes += request->length;
+        out[count++] = request;
     }
     return count;
 }
@@ -325,6 +373,37 @@ static void complete(struct db_queue *queue, struct db_request *request)
         resume(queue, request);
 }
 
+struct moved {
+    uint64_t large_bytes[2]; /* by direction: of large transfers */
+    bool others;
+};
+
+static void count_moved(struct moved *moved, const struct db_request *request)
+{
+    if (request->is_large && request->result > 0)
+        moved->large_bytes[request->direction] += (uint64_t)request->result;
+    else
+        moved->others = true;
+}
+
+/* Tells both measurements of the request size what the last reap brought. */
+static void measure(struct db_queue *queue, const struct moved *moved)
+{
+    bool has_large = moved->large_bytes[DB_READ] + moved->large_bytes[DB_WRITE] > 0;
+    if (!has_large && queue->sizes[DB_READ].busy_since_ns == 0 &&
+        queue->sizes[DB_WRITE].busy_since_ns == 0)
+        return; /* small transfers only: not worth a look at the clock */
+    int64_t now_ns = db_now_ns();
+    bool is_idle = queue->in_flight == 0;
+    for (int direction = DB_READ; direction <= DB_WRITE; direction++) {
+        struct db_request_size *size = &queue->sizes[direction];
+        if (moved->others || moved->large_bytes[!direction] > 0)
+            db_request_size_disturbed(size, now_ns, is_idle);
+        else if (moved->large_bytes[direction] > 0)
+            db_request_size_moved(size, moved->large_bytes[direction], now_ns, is_idle);
+    }
+}
+
 /* Reaps once as the leader. Called and returns with the lock held; 0 or -errno of the engine. */
 static int lead(struct db_queue *queue, int64_t timeout_ns)
 {
@@ -340,8 +419,13 @@ static int lead(struct db_queue *queue, int64_t timeout_ns)
             finish(done[i], queue);
     pthread_mutex_lock(&queue->lock);
     queue->has_leader = false;
-    for (int i = 0; i < count; i++)
+    struct moved moved = {0};
+    for (int i = 0; i < count; i++) {
+        count_moved(&moved, done[i]);
         complete(queue, done[i]);
+    }
+    if (count > 0)
+        measure(queue, &moved);
     pump(queue);
     if (count < 0 && count != -EINTR)
         return count;
@@ -362,11 +446,11 @@ void db_queue_submit(struct db_queue *queue, struct db_batch *batch)
     batch->next = NULL;
     atomic_fetch_add_explicit(&db_live_batches, 1, memory_order_relaxed);
     pthread_mutex_lock(&queue->lock);
-    *queue->pending_end = batch;
-    queue->pending_end = &batch->next;
+    *queue->pending_end[batch->direction] = batch;
+    queue->pending_end[batch->direction] = &batch->next;
     pump(queue);
     /* Nobody waits and the pool is empty: collect what is done, so that the batch gets going. */
-    if (queue->pending && !queue->has_leader) {
+    if (queue->pending[batch->direction] && !queue->has_leader) {
         lead(queue, 0);
         pthread_cond_broadcast(&queue->changed); /* whoever came to wait meanwhile leads now */
     }
@@ -411,6 +495,17 @@ int db_queue_wait(struct db_queue *queue, struct db_batch *batch, int64_t timeou
 
 /* ---- open and close -------------------------------------------------------------------------- */
 
+/* Small, so that many are in flight: what is copied is not worth large requests. */
+static uint32_t slot_length(const struct db_queue_config *config)
+{
+    uint64_t length = SLOT_BYTES < config->staging_bytes ? SLOT_BYTES : config->staging_bytes;
+    if (config->request_bytes > 0 && config->request_bytes < length)
+        length = config->request_bytes;
+    return length > config->chunk_bytes
+               ? (uint32_t)(length / config->chunk_bytes * config->chunk_bytes)
+               : config->chunk_bytes;
+}
+
 static int allocate_pool(struct db_queue *queue)
 {
     const struct db_queue_config *config = &queue->config;
@@ -421,21 +516,21 @@ static int allocate_pool(struct db_queue *queue)
         queue->requests[i].next = queue->free_requests;
         queue->free_requests = &queue->requests[i];
     }
-    uint64_t slots = config->staging_bytes / config->request_bytes;
-    if (slots == 0)
+    if (config->staging_bytes == 0)
         return 0;
+    queue->slot_bytes = slot_length(config);
+    uint64_t slots = config->staging_bytes / queue->slot_bytes;
     queue->free_slots = calloc(slots, sizeof(*queue->free_slots));
     if (!queue->free_slots)
         return -ENOMEM;
     void *memory;
-    int rc = db_memory_map(slots * config->request_bytes, &memory);
+    int rc = db_memory_map(slots * queue->slot_bytes, &memory);
     if (rc)
         return rc;
     queue->staging = memory;
-    queue->staging_length = slots * config->request_bytes;
+    queue->staging_length = slots * queue->slot_bytes;
     for (uint64_t i = 0; i < slots; i++)
-        queue->free_slots[queue->free_slot_count++] =
-            queue->staging + i * config->request_bytes;
+        queue->free_slots[queue->free_slot_count++] = queue->staging + i * queue->slot_bytes;
     return 0;
 }
 
@@ -497,7 +592,11 @@ int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
     if (!queue)
         return -ENOMEM;
     queue->config = *config;
-    queue->pending_end = &queue->pending;
+    for (int direction = DB_READ; direction <= DB_WRITE; direction++) {
+        queue->pending_end[direction] = &queue->pending[direction];
+        db_request_size_open(&queue->sizes[direction], config->request_bytes,
+                             config->chunk_bytes);
+    }
     pthread_mutex_init(&queue->lock, NULL);
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
@@ -533,7 +632,7 @@ void db_queue_close(struct db_queue *queue)
 {
     int rc = 0;
     pthread_mutex_lock(&queue->lock);
-    while (!rc && (queue->in_flight > 0 || queue->pending)) {
+    while (!rc && (queue->in_flight > 0 || queue->pending[DB_READ] || queue->pending[DB_WRITE])) {
         if (queue->has_leader)
             wait_for_leader(queue, INT64_MAX);
         else
@@ -579,5 +678,7 @@ void db_queue_stats(struct db_queue *queue, struct db_path_stats *out)
     *out = queue->stats;
     out->in_flight = queue->in_flight;
     out->registered_bytes = queue->registered_bytes;
+    out->read_request_bytes = queue->sizes[DB_READ].now_bytes;
+    out->write_request_bytes = queue->sizes[DB_WRITE].now_bytes;
     pthread_mutex_unlock(&queue->lock);
 }

@@ -10,7 +10,7 @@ struct db_queue_config {
     uint32_t depth;
     uint32_t threads;
     uint32_t chunk_bytes;
-    uint32_t request_bytes;
+    uint32_t request_bytes;      /* 0: measured */
     uint32_t lba_bytes;          /* 1 where any length and offset will do */
     uint32_t memory_align_bytes; /* 1 where any address will do */
     uint64_t staging_bytes;      /* 0 where nothing is ever staged */

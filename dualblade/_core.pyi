@@ -47,7 +47,7 @@ class Device:
         *,
         threads: int = 4,
         chunk_bytes: int = 262144,
-        request_bytes: int = 262144,
+        request_bytes: int | None = None,
         staging_bytes: int = 8388608,
         read_only: bool = False,
         sqpoll: bool = False,

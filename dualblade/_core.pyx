@@ -200,15 +200,16 @@ cdef class Device:
 
     @staticmethod
     def open(target, engine="auto", queue_depth=256, *, threads=4, chunk_bytes=262144,
-             request_bytes=262144, staging_bytes=8388608, read_only=False, sqpoll=False,
+             request_bytes=None, staging_bytes=8388608, read_only=False, sqpoll=False,
              iopoll=False):
         """Opens a file or a block device and locks it against other processes.
 
         engine is that of the direct path: "uring", "aio", "threads", or "auto" for the first of
         these that works here. queue_depth: requests in flight, 1 to 4096. threads: workers of
-        the page-cache path, 1 to 64. chunk_bytes is what one checksum covers, request_bytes
-        where larger transfers are split, staging_bytes the aligned memory for buffers that
-        direct I/O cannot use in place.
+        the page-cache path, 1 to 64. chunk_bytes is what one checksum covers. request_bytes is
+        where larger transfers are split, a multiple of chunk_bytes; None: at what is measured to
+        be best for this device while it is used, from 256 KiB to 4 MiB (see stats()).
+        staging_bytes: aligned memory for buffers that direct I/O cannot use in place.
 
         sqpoll: a kernel thread takes the requests, which costs no system call and up to a
         processor. iopoll: completions are polled for, which takes a processor while anything is
@@ -226,7 +227,9 @@ cdef class Device:
         options.queue_depth = _option(queue_depth, "queue_depth", 1, 4096)
         options.threads = _option(threads, "threads", 1, 64)
         options.chunk_bytes = _option(chunk_bytes, "chunk_bytes", DB_BLOCK_BYTES, 1 << 30)
-        options.request_bytes = _option(request_bytes, "request_bytes", DB_BLOCK_BYTES, 1 << 30)
+        options.request_bytes = 0
+        if request_bytes is not None:
+            options.request_bytes = _option(request_bytes, "request_bytes", DB_BLOCK_BYTES, 1 << 30)
         options.staging_bytes = _option(staging_bytes, "staging_bytes", 0, 1 << 40)
         options.read_only = bool(read_only)
         options.sqpoll = bool(sqpoll)
@@ -240,9 +243,9 @@ cdef class Device:
                 f"request_bytes must be a multiple of chunk_bytes ({chunk_bytes}), "
                 f"got {request_bytes}"
             )
-        if options.staging_bytes < options.request_bytes:
+        if options.staging_bytes < options.chunk_bytes:
             raise ValueError(
-                f"staging_bytes must hold one request of {request_bytes} bytes, "
+                f"staging_bytes must hold one chunk of {chunk_bytes} bytes, "
                 f"got {staging_bytes}"
             )
         path = os.fsencode(target)

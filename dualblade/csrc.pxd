@@ -77,6 +77,8 @@ cdef extern from "dualblade.h" nogil:
         uint64_t submits
         uint64_t registered_bytes
         uint32_t in_flight
+        uint32_t read_request_bytes
+        uint32_t write_request_bytes
 
     struct db_device:
         pass

@@ -35,8 +35,8 @@ from dualblade.safety import Target, check_target
 from dualblade.store import TensorStore
 
 CHUNK_BYTES = 256 << 10
-"""What one checksum covers, and the largest request: small enough that reading a part of a tensor
-reads little more than that part, large enough that drives reach their bandwidth."""
+"""What one checksum covers: small enough that reading a part of a tensor reads little more than
+that part, large enough to cost next to nothing."""
 STAGING_BYTES = 8 << 20
 SIZE_MIN_BYTES = DATA_OFFSET + (1 << 20)
 VERIFY = ("always", "open", "never")
@@ -98,7 +98,6 @@ def open_store(
             engine,
             queue_depth,
             chunk_bytes=found.header.chunk_bytes if found.header else CHUNK_BYTES,
-            request_bytes=found.header.chunk_bytes if found.header else CHUNK_BYTES,
             staging_bytes=STAGING_BYTES,
             sqpoll=sqpoll,
             iopoll=iopoll,

@@ -16,20 +16,6 @@ enum { FILE_BYTES = 32 << 20, CHUNK_BYTES = 64 * 1024, REQUEST_BYTES = 128 * 102
 
 static char path[] = "/tmp/dualblade-test-queue-XXXXXX";
 
-static struct db_device *open_device(enum db_engine_id engine, uint32_t depth)
-{
-    struct db_device_options options = {
-        .engine = engine,
-        .queue_depth = depth,
-        .threads = 3,
-        .chunk_bytes = CHUNK_BYTES,
-        .request_bytes = REQUEST_BYTES,
-        .staging_bytes = 4 * REQUEST_BYTES,
-    };
-    struct db_device *device = NULL;
-    int rc = db_device_open(path, &options, &device);
-    return rc ? NULL : device;
-}
 
 static void run_batch(struct db_device *device, enum db_path where, enum db_direction direction,
                       struct db_io *ios, uint32_t count)
@@ -162,16 +148,10 @@ static void test_many_threads(struct db_device *device)
         pthread_join(threads[i], NULL);
 }
 
-static void test_second_open_is_refused(enum db_engine_id engine)
+static void test_second_open_is_refused(const struct db_device_options *options)
 {
-    struct db_device_options options = {.engine = engine,
-                                        .queue_depth = 4,
-                                        .threads = 1,
-                                        .chunk_bytes = CHUNK_BYTES,
-                                        .request_bytes = REQUEST_BYTES,
-                                        .staging_bytes = REQUEST_BYTES};
     struct db_device *second;
-    CHECK(db_device_open(path, &options, &second) == -EWOULDBLOCK);
+    CHECK(db_device_open(path, options, &second) == -EWOULDBLOCK);
 }
 
 static void test_fork(struct db_device *device)
@@ -191,12 +171,15 @@ static void test_fork(struct db_device *device)
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
-static void test_engine(enum db_engine_id id, const char *name)
+static void test_engine(struct db_device_options options, const char *name)
 {
     unsigned seed = 1;
-    for (uint32_t depth = 1; depth <= 256; depth *= 16) {
-        struct db_device *device = open_device(id, depth);
-        if (!device) {
+    options.threads = 3;
+    options.chunk_bytes = CHUNK_BYTES;
+    options.staging_bytes = 4 * REQUEST_BYTES;
+    for (options.queue_depth = 1; options.queue_depth <= 256; options.queue_depth *= 16) {
+        struct db_device *device;
+        if (db_device_open(path, &options, &device) != 0) {
             printf("test_queue: %s cannot run here\n", name);
             return;
         }
@@ -205,7 +188,7 @@ static void test_engine(enum db_engine_id id, const char *name)
         test_many_threads(device);
         test_bad_ranges(device);
         test_checksum_mismatch(device);
-        test_second_open_is_refused(id);
+        test_second_open_is_refused(&options);
         test_fork(device);
         test_round_trips(device, &seed);
         db_device_close(device);
@@ -218,9 +201,16 @@ int main(void)
     CHECK(fd >= 0);
     CHECK(posix_fallocate(fd, 0, FILE_BYTES) == 0);
     close(fd);
-    test_engine(DB_ENGINE_THREADS, "threads");
-    test_engine(DB_ENGINE_AIO, "aio");
-    test_engine(DB_ENGINE_URING, "uring");
+    static const struct db_device_options runs[] = {
+        {.engine = DB_ENGINE_THREADS, .request_bytes = REQUEST_BYTES},
+        {.engine = DB_ENGINE_AIO, .request_bytes = REQUEST_BYTES},
+        {.engine = DB_ENGINE_URING, .request_bytes = REQUEST_BYTES},
+        {.engine = DB_ENGINE_URING, .request_bytes = REQUEST_BYTES, .sqpoll = true},
+        {.engine = DB_ENGINE_URING, .request_bytes = 0}, /* measured */
+    };
+    static const char *const names[] = {"threads", "aio", "uring", "uring", "uring"};
+    for (size_t i = 0; i < sizeof(runs) / sizeof(runs[0]); i++)
+        test_engine(runs[i], names[i]);
     unlink(path);
     struct db_counters live;
     db_counters(&live);

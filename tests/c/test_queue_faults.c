@@ -285,6 +285,51 @@ static void test_a_follower_of_a_submitter_wakes(void)
     db_queue_close(queue);
 }
 
+static enum db_direction direction_in_kernel(void)
+{
+    pthread_mutex_lock(&engine->lock);
+    CHECK_EQUAL(engine->taken_count, 1);
+    enum db_direction direction = engine->taken[0]->direction;
+    pthread_mutex_unlock(&engine->lock);
+    return direction;
+}
+
+/* Reads overtake writes that wait for a request, but let one of them through now and then. */
+static void test_reads_go_before_writes_but_not_for_ever(void)
+{
+    enum { WRITES = 3, READS = 100, READS_IN_ROW_MAX = 16 };
+    static uint8_t memory[(WRITES + READS) * CHUNK] __attribute__((aligned(BLOCK)));
+    struct db_queue *queue = open_queue(1, 1);
+    struct db_io ios[WRITES + READS];
+    for (uint32_t i = 0; i < WRITES + READS; i++)
+        ios[i] = (struct db_io){
+            .offset = i * CHUNK, .buffer = memory + i * CHUNK, .length = CHUNK};
+    struct db_batch writes = {.direction = DB_WRITE, .ios = ios, .io_count = WRITES};
+    struct db_batch reads = {.direction = DB_READ, .ios = ios + WRITES, .io_count = READS};
+    db_queue_submit(queue, &writes);
+    CHECK_EQUAL(direction_in_kernel(), DB_WRITE);
+    db_queue_submit(queue, &reads);
+    uint32_t writes_seen = 1, reads_in_row = 0;
+    while (writes.in_flight + reads.in_flight > 0) {
+        complete_whole(0);
+        (void)db_queue_wait(queue, &reads, 0);
+        if (writes.in_flight + reads.in_flight == 0)
+            break;
+        if (direction_in_kernel() == DB_READ) {
+            reads_in_row++;
+            CHECK(writes_seen == WRITES || reads_in_row <= READS_IN_ROW_MAX);
+        } else {
+            CHECK_EQUAL(reads_in_row, READS_IN_ROW_MAX);
+            reads_in_row = 0;
+            writes_seen++;
+        }
+    }
+    CHECK_EQUAL(writes_seen, WRITES);
+    CHECK_EQUAL(db_queue_wait(queue, &writes, 0), 0);
+    CHECK_EQUAL(db_queue_wait(queue, &reads, 0), 0);
+    db_queue_close(queue);
+}
+
 /* What an engine could not hand to the kernel is found although nothing wakes who waits there. */
 static void test_a_completion_without_a_wake_up_is_found(void)
 {
@@ -544,6 +589,7 @@ int main(void)
     for (size_t i = 0; i < sizeof(medium); i++)
         medium[i] = (uint8_t)check_random(&seed);
     test_a_follower_of_a_submitter_wakes();
+    test_reads_go_before_writes_but_not_for_ever();
     test_a_completion_without_a_wake_up_is_found();
     test_a_leader_that_times_out_is_succeeded();
     test_staging_is_waited_for();

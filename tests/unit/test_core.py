@@ -137,6 +137,28 @@ def test_a_batch_larger_than_the_queue(image: Path) -> None:
         assert device.stats()["direct"]["writes"] == 1024
 
 
+def test_large_transfers_are_split_at_the_request_size(image: Path) -> None:
+    data = _core.aligned_empty(4 * MIB, np.uint8)
+    for request_bytes, split_at in ((None, MIB), (512 << 10, 512 << 10)):
+        with _core.Device.open(image, request_bytes=request_bytes) as device:
+            device.write([(0, data)]).wait()
+            device.read([(0, data)]).wait()
+            stats = device.stats()["direct"]
+        assert stats["read_request_bytes"] == stats["write_request_bytes"] == split_at
+        assert stats["writes"] == stats["reads"] == 4 * MIB // split_at
+
+
+def test_only_the_end_of_a_large_transfer_is_staged(image: Path) -> None:
+    data = _core.aligned_empty(2 * MIB + 100, np.uint8)
+    data[:] = noise(data.size)
+    back = _core.aligned_empty(data.size, np.uint8)
+    with _core.Device.open(image) as device:
+        device.write([(0, data)]).wait()
+        device.read([(0, back)]).wait()
+        assert device.stats()["direct"]["staged_bytes"] == 2 * 100
+    np.testing.assert_array_equal(back, data)
+
+
 def test_drop_cached_and_discard(device: _core.Device) -> None:
     device.write([(0, noise(MIB))], path="pagecache").wait()
     cached, dirty = device.cached_bytes(0, MIB)
@@ -256,7 +278,7 @@ def test_reads_need_writable_memory(device: _core.Device) -> None:
         ({"chunk_bytes": 5000}, "power of two"),
         ({"chunk_bytes": 1024}, "4096"),
         ({"request_bytes": 300000}, "multiple of chunk_bytes"),
-        ({"staging_bytes": 4096}, "one request"),
+        ({"staging_bytes": 4096}, "one chunk"),
         ({"staging_bytes": -1}, "negative"),
     ],
 )
