@@ -119,7 +119,8 @@ def test_each_block_knows_its_place_and_its_run():
         check_block(bytes(4096), 0)
     second = bytearray(4096)
     pattern.fill(memoryview(second), 12288)
-    assert sum(a == b for a, b in zip(block, second, strict=True)) < 200
+    words, others = np.frombuffer(block, np.uint64), np.frombuffer(second, np.uint64)
+    assert (words == others).sum() <= 2  # what both headers begin with
 
 
 @given(position=st.integers(0, 1023), bit=st.integers(0, 7))
