@@ -37,7 +37,7 @@ struct db_request {
     uint32_t retries;
     uint8_t *staging; /* a slot of the queue's staging memory, or NULL */
     uint64_t *checksums;
-    bool is_large; /* a part of a large transfer: see request_size.h */
+    uint32_t size_tag; /* of a part of a large transfer: see request_size.h; else 0 */
     bool prepared;
     bool busy;
 

@@ -179,10 +179,10 @@ static struct db_request *carve(struct db_queue *queue, struct db_batch *batch)
         .piece_bytes = (uint32_t)round_up(length, queue->config.lba_bytes),
         .staging = staged ? queue->free_slots[--queue->free_slot_count] : NULL,
         .checksums = io->checksums ? io->checksums + chunk : NULL,
-        .is_large = io->length >= DB_REQUEST_MOST_BYTES,
+        .size_tag = io->length >= DB_REQUEST_MOST_BYTES ? size->tag : 0,
         .busy = true,
     };
-    if (request->is_large && db_request_size_is_waiting(size))
+    if (request->size_tag && db_request_size_is_waiting(size))
         db_request_size_started(size, db_now_ns());
     point_at_rest(request);
     request->slot = db_regions_find(&queue->regions, request->buffer, request->length);
@@ -374,13 +374,14 @@ static void complete(struct db_queue *queue, struct db_request *request)
 }
 
 struct moved {
-    uint64_t large_bytes[2]; /* by direction: of large transfers */
+    uint64_t large_bytes[2]; /* by direction: of large transfers, in requests of today's size */
     bool others;
 };
 
-static void count_moved(struct moved *moved, const struct db_request *request)
+static void count_moved(const struct db_queue *queue, struct moved *moved,
+                        const struct db_request *request)
 {
-    if (request->is_large && request->result > 0)
+    if (request->size_tag == queue->sizes[request->direction].tag && request->result > 0)
         moved->large_bytes[request->direction] += (uint64_t)request->result;
     else
         moved->others = true;
@@ -421,7 +422,7 @@ static int lead(struct db_queue *queue, int64_t timeout_ns)
     queue->has_leader = false;
     struct moved moved = {0};
     for (int i = 0; i < count; i++) {
-        count_moved(&moved, done[i]);
+        count_moved(queue, &moved, done[i]);
         complete(queue, done[i]);
     }
     if (count > 0)

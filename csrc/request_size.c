@@ -7,12 +7,11 @@
 /* A rate this close to the best is as good: what differs by less is noise. */
 static const double AS_GOOD = 0.97;
 
-enum { TRIALS = DB_REQUEST_SIZES * DB_REQUEST_WINDOWS };
-
-/* Whose turn it is: the default size is the first. */
-static int turn(const struct db_request_size *size)
+static void use(struct db_request_size *size, uint32_t now_bytes)
 {
-    return (int)(size->trial + 1) % DB_REQUEST_SIZES;
+    size->now_bytes = now_bytes;
+    if (++size->tag == 0)
+        size->tag = 1;
 }
 
 void db_request_size_open(struct db_request_size *size, uint32_t fixed_bytes,
@@ -20,11 +19,11 @@ void db_request_size_open(struct db_request_size *size, uint32_t fixed_bytes,
 {
     static const uint32_t wanted[DB_REQUEST_SIZES] = {
         DB_REQUEST_LEAST_BYTES, DB_REQUEST_DEFAULT_BYTES, DB_REQUEST_MOST_BYTES};
-    *size = (struct db_request_size){.now_bytes = fixed_bytes, .is_fixed = fixed_bytes > 0};
+    *size = (struct db_request_size){.is_fixed = fixed_bytes > 0};
     for (int i = 0; i < DB_REQUEST_SIZES; i++)
         size->sizes[i] = wanted[i] > chunk_bytes ? wanted[i] : chunk_bytes;
-    if (!size->is_fixed)
-        size->now_bytes = size->sizes[turn(size)];
+    size->chosen_bytes = size->is_fixed ? fixed_bytes : size->sizes[1];
+    use(size, size->chosen_bytes);
 }
 
 static int ascending(const void *a, const void *b)
@@ -37,16 +36,31 @@ static void choose(struct db_request_size *size)
 {
     double medians[DB_REQUEST_SIZES], best = 0;
     for (int i = 0; i < DB_REQUEST_SIZES; i++) {
-        qsort(size->rates[i], DB_REQUEST_WINDOWS, sizeof(double), ascending);
-        medians[i] = size->rates[i][DB_REQUEST_WINDOWS / 2];
+        qsort(size->rates[i], DB_REQUEST_TRIALS, sizeof(double), ascending);
+        medians[i] = size->rates[i][DB_REQUEST_TRIALS / 2];
         best = medians[i] > best ? medians[i] : best;
     }
     for (int i = 0; i < DB_REQUEST_SIZES; i++)
         if (medians[i] >= AS_GOOD * best)
-            size->now_bytes = size->sizes[i]; /* the longest of them comes last */
-    size->is_chosen = true;
-    size->chosen_bytes = 0;
-    size->trial = 0;
+            size->chosen_bytes = size->sizes[i]; /* the longest of them comes last */
+    size->is_trusted = true;
+    size->moved_bytes = 0;
+    size->windows = 0;
+}
+
+/* Even windows go at the size in use, odd ones to the sizes in turn, so that a drive that changes
+ * meanwhile is unfair to none. */
+static void end_window(struct db_request_size *size)
+{
+    uint32_t trial = size->windows / 2;
+    if (size->windows % 2 == 1)
+        size->rates[trial % DB_REQUEST_SIZES][trial / DB_REQUEST_SIZES] =
+            (double)size->window_bytes / (double)(size->window_ns > 0 ? size->window_ns : 1);
+    size->windows++;
+    if (size->windows == 2 * DB_REQUEST_SIZES * DB_REQUEST_TRIALS)
+        choose(size);
+    use(size, size->windows % 2 == 1 ? size->sizes[trial % DB_REQUEST_SIZES]
+                                     : size->chosen_bytes);
 }
 
 static void begin_window(struct db_request_size *size, int64_t now_ns, bool is_idle)
@@ -68,37 +82,23 @@ void db_request_size_disturbed(struct db_request_size *size, int64_t now_ns, boo
         begin_window(size, now_ns, is_idle);
 }
 
-/* The sizes take turns, so that a drive that changes meanwhile is unfair to none of them. */
-static void end_trial(struct db_request_size *size)
-{
-    size->rates[turn(size)][size->trial / DB_REQUEST_SIZES] =
-        (double)size->window_bytes / (double)(size->window_ns > 0 ? size->window_ns : 1);
-    if (++size->trial == TRIALS)
-        choose(size);
-    else
-        size->now_bytes = size->sizes[turn(size)];
-}
-
 void db_request_size_moved(struct db_request_size *size, uint64_t bytes, int64_t now_ns,
                            bool is_idle)
 {
     if (size->is_fixed)
         return;
-    if (size->is_chosen) {
-        size->chosen_bytes += bytes;
-        if (size->chosen_bytes >= DB_REQUEST_TRUST_BYTES) {
-            size->is_chosen = false;
-            size->now_bytes = size->sizes[turn(size)];
-        }
+    assert(size->busy_since_ns > 0);
+    if (size->is_trusted) {
+        size->moved_bytes += bytes;
+        size->is_trusted = size->moved_bytes < DB_REQUEST_TRUST_BYTES;
         begin_window(size, now_ns, is_idle);
         return;
     }
-    assert(size->busy_since_ns > 0);
     size->window_bytes += bytes;
     size->window_ns += now_ns - size->busy_since_ns;
     size->busy_since_ns = is_idle ? 0 : now_ns;
     if (size->window_bytes >= DB_REQUEST_WINDOW_BYTES) {
-        end_trial(size);
+        end_window(size);
         begin_window(size, now_ns, is_idle);
     }
 }

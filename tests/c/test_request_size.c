@@ -27,11 +27,14 @@ static void move_batch(struct drive *drive, struct db_request_size *size)
 {
     double factor = 1 + drive->noise * ((double)check_random_below(&seed, 2001) / 1000 - 1);
     double rate = rate_now(drive, size) * factor;
-    uint32_t step = size->now_bytes;
+    uint32_t step = size->now_bytes, tag = size->tag;
     db_request_size_started(size, drive->now_ns);
     for (uint64_t moved = step; moved <= BATCH; moved += step) {
         drive->now_ns += (int64_t)(step / rate);
-        db_request_size_moved(size, step, drive->now_ns, moved == BATCH);
+        if (size->tag == tag)
+            db_request_size_moved(size, step, drive->now_ns, moved == BATCH);
+        else /* what was on its way before the size changed */
+            db_request_size_disturbed(size, drive->now_ns, moved == BATCH);
     }
     drive->now_ns += (int64_t)check_random_below(&seed, 100000000); /* must not count */
 }
@@ -39,7 +42,7 @@ static void move_batch(struct drive *drive, struct db_request_size *size)
 static void move_until_chosen(struct drive *drive, struct db_request_size *size)
 {
     uint64_t moved = 0;
-    while (!size->is_chosen) {
+    while (!size->is_trusted) {
         move_batch(drive, size);
         moved += BATCH;
         CHECK(moved < 4ull << 30);
@@ -75,7 +78,7 @@ static void test_a_drive_that_changes_is_measured_again(void)
     CHECK_EQUAL(size.now_bytes, 4 << 20);
     drive.rates[0] = 4.0;
     uint64_t moved = 0;
-    for (; size.is_chosen; moved += BATCH) {
+    for (; size.is_trusted; moved += BATCH) {
         CHECK_EQUAL(size.now_bytes, 4 << 20);
         move_batch(&drive, &size);
     }
@@ -96,8 +99,8 @@ static void test_a_disturbed_window_does_not_count(void)
         drive.now_ns += 1000;
         db_request_size_disturbed(&size, drive.now_ns, true);
     }
-    CHECK(!size.is_chosen);
-    CHECK_EQUAL(size.trial, 0);
+    CHECK(!size.is_trusted);
+    CHECK_EQUAL(size.windows, 0);
     CHECK_EQUAL(size.now_bytes, DB_REQUEST_DEFAULT_BYTES);
     move_until_chosen(&drive, &size);
     CHECK_EQUAL(size.now_bytes, 4 << 20);
