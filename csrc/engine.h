@@ -69,8 +69,9 @@ struct db_engine_ops {
      * would not take now stays queued for the next commit. */
     uint32_t (*commit)(struct db_engine *engine);
     /* Waits until something completed or timeout_ns passed (0: do not wait; negative: for ever).
-     * Returns how many requests it put into done, or -errno; -EINTR is a reason to call again. */
-    int (*reap)(struct db_engine *engine, struct db_request **done, uint32_t max,
+     * An engine that would have to sleep may sleep until `least` are done. Returns how many
+     * requests it put into done, or -errno; -EINTR is a reason to call again. */
+    int (*reap)(struct db_engine *engine, struct db_request **done, uint32_t least, uint32_t max,
                 int64_t timeout_ns);
     /* Memory whose pages need not be looked up again for each request; slot < DB_REGIONS_MAX.
      * NULL where that does not exist. -ENOMEM: more than RLIMIT_MEMLOCK; -EOPNOTSUPP: an old

@@ -106,8 +106,8 @@ static uint32_t aio_commit(struct db_engine *engine)
     return crossings;
 }
 
-static int aio_reap(struct db_engine *engine, struct db_request **done, uint32_t max,
-                    int64_t timeout_ns)
+static int aio_reap(struct db_engine *engine, struct db_request **done, uint32_t least,
+                    uint32_t max, int64_t timeout_ns)
 {
     int refused = db_refused_pop(&engine->refused, done, max);
     if (refused > 0)
@@ -116,7 +116,8 @@ static int aio_reap(struct db_engine *engine, struct db_request **done, uint32_t
     struct timespec timeout = {timeout_ns / 1000000000, timeout_ns % 1000000000};
     if (max > 64)
         max = 64;
-    int count = io_getevents(engine->context, timeout_ns ? 1 : 0, (long)max, events,
+    assert(least <= max);
+    int count = io_getevents(engine->context, timeout_ns ? (long)least : 0, (long)max, events,
                              timeout_ns < 0 ? NULL : &timeout);
     if (count > 0)
         atomic_fetch_sub(&engine->in_kernel, count);

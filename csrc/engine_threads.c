@@ -163,9 +163,10 @@ static uint32_t threads_commit(struct db_engine *engine)
     return 1;
 }
 
-static int threads_reap(struct db_engine *engine, struct db_request **done, uint32_t max,
-                        int64_t timeout_ns)
+static int threads_reap(struct db_engine *engine, struct db_request **done, uint32_t least,
+                        uint32_t max, int64_t timeout_ns)
 {
+    (void)least; /* what is here is finished already: collecting more would only save wake-ups */
     int64_t deadline_ns = timeout_ns < 0 ? INT64_MAX : db_deadline_ns(timeout_ns);
     struct timespec until = {deadline_ns / 1000000000, deadline_ns % 1000000000};
     uint32_t count = 0;

@@ -250,8 +250,7 @@ static int poll_in_kernel(struct db_engine *engine, int64_t timeout_ns)
     return -ETIME;
 }
 
-/* 0 when there may be something to reap, -errno otherwise. */
-static int wait_in_kernel(struct db_engine *engine, int64_t timeout_ns)
+static void wait_in_kernel(struct db_engine *engine, uint32_t least, int64_t timeout_ns)
 {
     struct io_uring_cqe *first;
     struct __kernel_timespec timeout = {timeout_ns / 1000000000, timeout_ns % 1000000000};
@@ -259,20 +258,19 @@ static int wait_in_kernel(struct db_engine *engine, int64_t timeout_ns)
     if (engine->must_poll)
         rc = poll_in_kernel(engine, timeout_ns);
     else if (timeout_ns < 0)
-        rc = io_uring_wait_cqe(&engine->ring, &first);
+        rc = io_uring_wait_cqe_nr(&engine->ring, &first, least);
     else
-        rc = io_uring_wait_cqes(&engine->ring, &first, 1, &timeout, NULL);
+        rc = io_uring_wait_cqes(&engine->ring, &first, least, &timeout, NULL);
     if (rc == 0 || rc == -ETIME || rc == -EINTR || rc == -EAGAIN)
-        return rc;
+        return;
     /* Forbidden after open(). What the kernel has taken it will still complete, in memory that we
      * share with it; and until then the callers' memory is its own. So look there again. */
     struct timespec pause = {0, RETRY_NS};
     nanosleep(&pause, NULL);
-    return 0;
 }
 
-static int uring_reap(struct db_engine *engine, struct db_request **done, uint32_t max,
-                      int64_t timeout_ns)
+static int uring_reap(struct db_engine *engine, struct db_request **done, uint32_t least,
+                      uint32_t max, int64_t timeout_ns)
 {
     struct io_uring_cqe *cqes[64];
     int refused = db_refused_pop(&engine->refused, done, max);
@@ -281,9 +279,10 @@ static int uring_reap(struct db_engine *engine, struct db_request **done, uint32
     if (max > 64)
         max = 64;
     unsigned count = io_uring_peek_batch_cqe(&engine->ring, cqes, max);
-    bool looks_in_kernel = timeout_ns != 0 || engine->must_poll;
-    if (count == 0 && looks_in_kernel && wait_in_kernel(engine, timeout_ns) == 0)
+    if (count == 0 && (timeout_ns != 0 || engine->must_poll)) {
+        wait_in_kernel(engine, least, timeout_ns);
         count = io_uring_peek_batch_cqe(&engine->ring, cqes, max);
+    }
     atomic_fetch_sub(&engine->in_kernel, count);
     for (unsigned i = 0; i < count; i++) {
         done[i] = io_uring_cqe_get_data(cqes[i]);

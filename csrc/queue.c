@@ -30,6 +30,10 @@ enum {
     CARVE_MAX = 16,
     CARVE_BYTES = 4 << 20,
     READS_IN_ROW_MAX = 16, /* while writes wait */
+    /* Waited for at once, and so few of those in flight that the device does not run dry: each wait
+     * in the kernel costs as much as several requests. */
+    REAP_LEAST_MAX = 16,
+    REAP_LEAST_OF = 8,
     REAP_MAX = 64,
     SLOT_BYTES = 256 << 10, /* of staging, or one chunk where that is more */
     RETRIES_MAX = 64,    /* of a request that moved nothing: EINTR, EAGAIN, less than a block */
@@ -44,6 +48,7 @@ struct db_queue {
     pthread_mutex_t lock;
     pthread_cond_t changed; /* a batch is done, or there is no leader */
     bool has_leader;
+    uint32_t followers; /* threads that wait while another leads */
     uint32_t in_flight;
 
     struct db_request *requests;
@@ -405,16 +410,27 @@ static void measure(struct db_queue *queue, const struct moved *moved)
     }
 }
 
-/* Reaps once as the leader. Called and returns with the lock held; 0 or -errno of the engine. */
-static int lead(struct db_queue *queue, int64_t timeout_ns)
+/* How many completions are worth waiting for, to a thread that waits for this batch alone. */
+static uint32_t least_to_reap(const struct db_queue *queue, const struct db_batch *batch)
+{
+    uint32_t least = batch && queue->followers == 0 ? batch->in_flight / REAP_LEAST_OF : 0;
+    if (least > REAP_LEAST_MAX)
+        return REAP_LEAST_MAX;
+    return least > 0 ? least : 1;
+}
+
+/* Reaps once as the leader, for `batch` if not NULL. Called and returns with the lock held; 0 or
+ * -errno of the engine. */
+static int lead(struct db_queue *queue, const struct db_batch *batch, int64_t timeout_ns)
 {
     struct db_request *done[REAP_MAX];
+    uint32_t least = least_to_reap(queue, batch);
     assert(!queue->has_leader);
     queue->has_leader = true;
     if (timeout_ns < 0 || timeout_ns > REAP_SLICE_NS)
         timeout_ns = REAP_SLICE_NS;
     pthread_mutex_unlock(&queue->lock);
-    int count = queue->config.engine->reap(queue->engine, done, REAP_MAX, timeout_ns);
+    int count = queue->config.engine->reap(queue->engine, done, least, REAP_MAX, timeout_ns);
     if (!queue->config.engine->has_threads)
         for (int i = 0; i < count; i++)
             finish(done[i], queue);
@@ -452,7 +468,7 @@ void db_queue_submit(struct db_queue *queue, struct db_batch *batch)
     pump(queue);
     /* Nobody waits and the pool is empty: collect what is done, so that the batch gets going. */
     if (queue->pending[batch->direction] && !queue->has_leader) {
-        lead(queue, 0);
+        lead(queue, NULL, 0);
         pthread_cond_broadcast(&queue->changed); /* whoever came to wait meanwhile leads now */
     }
     pthread_mutex_unlock(&queue->lock);
@@ -460,10 +476,13 @@ void db_queue_submit(struct db_queue *queue, struct db_batch *batch)
 
 static int wait_for_leader(struct db_queue *queue, int64_t deadline_ns)
 {
-    if (deadline_ns == INT64_MAX)
-        return pthread_cond_wait(&queue->changed, &queue->lock);
     struct timespec until = {deadline_ns / 1000000000, deadline_ns % 1000000000};
-    return pthread_cond_timedwait(&queue->changed, &queue->lock, &until);
+    queue->followers++;
+    int rc = deadline_ns == INT64_MAX
+                 ? pthread_cond_wait(&queue->changed, &queue->lock)
+                 : pthread_cond_timedwait(&queue->changed, &queue->lock, &until);
+    queue->followers--;
+    return rc;
 }
 
 int db_queue_wait(struct db_queue *queue, struct db_batch *batch, int64_t timeout_ns)
@@ -477,7 +496,7 @@ int db_queue_wait(struct db_queue *queue, struct db_batch *batch, int64_t timeou
             if (wait_for_leader(queue, deadline_ns) == ETIMEDOUT && !is_done(batch))
                 rc = -ETIMEDOUT;
         } else {
-            rc = lead(queue, left_ns);
+            rc = lead(queue, batch, left_ns);
         }
         if (rc || is_done(batch))
             break;
@@ -637,7 +656,7 @@ void db_queue_close(struct db_queue *queue)
         if (queue->has_leader)
             wait_for_leader(queue, INT64_MAX);
         else
-            rc = lead(queue, -1);
+            rc = lead(queue, NULL, -1);
     }
     assert(!queue->has_leader);
     pthread_mutex_unlock(&queue->lock);

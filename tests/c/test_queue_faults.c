@@ -112,9 +112,10 @@ static void play(struct db_engine *self)
     finish_taken(self, which, result);
 }
 
-static int fake_reap(struct db_engine *self, struct db_request **done, uint32_t max,
-                     int64_t timeout_ns)
+static int fake_reap(struct db_engine *self, struct db_request **done, uint32_t least,
+                     uint32_t max, int64_t timeout_ns)
 {
+    CHECK(least >= 1 && least <= max);
     int64_t deadline_ns = timeout_ns < 0 ? INT64_MAX : db_deadline_ns(timeout_ns);
     struct timespec until = {deadline_ns / 1000000000, deadline_ns % 1000000000};
     uint32_t count = 0;
