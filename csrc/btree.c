@@ -1,8 +1,8 @@
 /* btree.c - an ordered set of pairs of integers, in a B+ tree.
  *
- * Inserting and removing go down the tree once: a full node on the way in is first relieved, and a
- * node at its least is first refilled, so that nothing has to be passed back up. Every node but
- * the root stays at least half full. */
+ * A change touches one leaf, wherever that has room for it. Where it has not, a second way down
+ * relieves the full nodes, or refills those at their least, each before the next, so that nothing
+ * has to be passed back up. Every node but the root stays at least half full. */
 
 #include "btree.h"
 
@@ -16,7 +16,7 @@
 #define INNER_CHILDREN 50u
 #define SLAB_NODES 2048u
 #define MOST_SLABS (UINT32_MAX / SLAB_NODES)
-#define CACHE_LINE_PAIRS 4u
+#define CACHE_LINE_BYTES 64u
 #define NONE UINT32_MAX
 
 /* 1 KiB: wide enough that ten million pairs are five levels, of which all but the leaves stay in
@@ -37,6 +37,7 @@ struct db_btree_node {
 };
 
 _Static_assert(sizeof(struct db_btree_node) == 1024, "a node is 1 KiB");
+_Static_assert(LEAF_PAIRS == 63 && INNER_CHILDREN <= 63, "search() quarters 64 three times");
 
 static struct db_btree_node *at(const struct db_btree *tree, uint32_t index)
 {
@@ -67,38 +68,51 @@ static bool equal(struct db_pair a, struct db_pair b)
     return a.major == b.major && a.minor == b.minor;
 }
 
-/* How many of the pairs, which are in order, are less than this one, or not above it. Where a
- * pair lies is what a processor cannot predict, so the steps are additions and not branches, and
- * the whole node is fetched at once, because without branches it would not be fetched ahead. */
-static inline uint32_t search(const struct db_pair *pairs, uint32_t count, struct db_pair pair,
-                              bool or_equal)
+/* Without branches a search would load its steps one by one, so all of a node is fetched at once,
+ * before as much as its count is looked at. */
+static void fetch(const struct db_btree *tree, uint32_t index)
 {
-    const struct db_pair *base = pairs;
+    const struct db_btree_node *node = at(tree, index);
 
-    for (uint32_t i = 0; i < count; i += CACHE_LINE_PAIRS)
-        __builtin_prefetch(&pairs[i]);
-    if (count == 0)
-        return 0;
-    while (count > 1) {
-        uint32_t half = count / 2;
-        bool passes = or_equal ? !less(pair, base[half - 1]) : less(base[half - 1], pair);
-        base += half & -(uint32_t)passes;
-        count -= half;
+    for (uint32_t i = 0; i < sizeof *node; i += CACHE_LINE_BYTES)
+        __builtin_prefetch((const char *)node + i);
+}
+
+/* How many of a node's pairs, which are in order, are less than this one, or not above it. Where a
+ * pair lies is what a processor cannot predict. So there is no branch at all: three rounds, each of
+ * which compares with three pairs at once and keeps a quarter, whatever the count. What lies behind
+ * the last pair is compared too, and does not count. */
+static inline uint32_t search(const struct db_btree_node *node, struct db_pair pair, bool or_equal)
+{
+    uint32_t found = 0;
+
+#pragma GCC unroll 3
+    for (uint32_t quarter = 16; quarter > 0; quarter /= 4) {
+        uint32_t quarters = 0;
+#pragma GCC unroll 3
+        for (uint32_t i = 1; i <= 3; i++) {
+            uint32_t tried = found + i * quarter;
+            struct db_pair other = node->pairs[tried - 1];
+            bool passes = or_equal ? !less(pair, other) : less(other, pair);
+            quarters += (tried <= node->count) & passes;
+        }
+        found += quarters * quarter;
     }
-    bool passes = or_equal ? !less(pair, *base) : less(*base, pair);
-    return (uint32_t)(base - pairs) + passes;
+    return found;
 }
 
 static uint32_t position_of(const struct db_btree_node *leaf, struct db_pair pair)
 {
-    return search(leaf->pairs, leaf->count, pair, false);
+    return search(leaf, pair, false);
 }
 
-/* Which child the pair is under: the last whose bound is not above it, or the first. */
+/* Which child the pair is under: the last whose bound is not above it. The first bound never is. */
 static uint32_t child_of(const struct db_btree_node *inner, struct db_pair pair)
 {
-    assert(inner->count > 0);
-    return search(inner->bounds + 1, inner->count - 1, pair, true);
+    uint32_t found = search(inner, pair, true);
+
+    assert(found > 0);
+    return found - 1;
 }
 
 /* ---- the pool of nodes ----------------------------------------------------------------------- */
@@ -291,7 +305,9 @@ static void refill(struct db_btree *tree, struct db_btree_node *parent, uint32_t
 
 /* ---- changing the set ------------------------------------------------------------------------ */
 
-void db_btree_insert(struct db_btree *tree, struct db_pair pair)
+/* Makes sure that the leaf for this pair has room. On the way down every full node is relieved, so
+ * that its parent, which may get one more child, was relieved before it. */
+static void make_way(struct db_btree *tree, struct db_pair pair)
 {
     if (at(tree, tree->root)->count == most(tree->depth)) {
         uint32_t root = acquire(tree);
@@ -313,16 +329,10 @@ void db_btree_insert(struct db_btree *tree, struct db_pair pair)
         }
         node = at(tree, node->children[i]);
     }
-
-    uint32_t position = position_of(node, pair);
-    assert(position == node->count || less(pair, node->pairs[position])); /* not there yet */
-    move(node, position + 1, node, position, node->count - position, 0);
-    node->pairs[position] = pair;
-    node->count++;
-    tree->count++;
 }
 
-void db_btree_remove(struct db_btree *tree, struct db_pair pair)
+/* Makes sure that the leaf of this pair can lose one. */
+static void make_spare(struct db_btree *tree, struct db_pair pair)
 {
     struct db_btree_node *node = at(tree, tree->root);
 
@@ -342,64 +352,127 @@ void db_btree_remove(struct db_btree *tree, struct db_pair pair)
         }
         node = at(tree, child);
     }
+}
 
-    uint32_t position = position_of(node, pair);
-    assert(position < node->count);
-    assert(equal(node->pairs[position], pair));
-    move(node, position, node, position + 1, node->count - position - 1, 0);
-    node->count--;
+void db_btree_insert(struct db_btree *tree, struct db_btree_cursor cursor, struct db_pair pair)
+{
+    struct db_btree_node *leaf = at(tree, cursor.leaf);
+
+    if (leaf->count == LEAF_PAIRS) {
+        make_way(tree, pair);
+        cursor = db_btree_find(tree, pair);
+        leaf = at(tree, cursor.leaf);
+    }
+    uint32_t position = cursor.position;
+    assert(position <= leaf->count);
+    assert(position == 0 || less(leaf->pairs[position - 1], pair));
+    assert(position == leaf->count || less(pair, leaf->pairs[position])); /* not there yet */
+    move(leaf, position + 1, leaf, position, leaf->count - position, 0);
+    leaf->pairs[position] = pair;
+    leaf->count++;
+    tree->count++;
+}
+
+void db_btree_remove(struct db_btree *tree, struct db_btree_cursor cursor)
+{
+    struct db_btree_node *leaf = at(tree, cursor.leaf);
+
+    assert(cursor.position < leaf->count);
+    if (leaf->count <= least(0) && tree->depth > 0) {
+        struct db_pair pair = leaf->pairs[cursor.position];
+        make_spare(tree, pair);
+        cursor = db_btree_find(tree, pair);
+        leaf = at(tree, cursor.leaf);
+        assert(cursor.position < leaf->count);
+        assert(equal(leaf->pairs[cursor.position], pair));
+    }
+    uint32_t position = cursor.position;
+    move(leaf, position, leaf, position + 1, leaf->count - position - 1, 0);
+    leaf->count--;
     tree->count--;
 }
 
-void db_btree_replace(struct db_btree *tree, struct db_pair old, struct db_pair new)
+/* Both places are in one leaf: what lies between them steps aside. */
+static void shift(struct db_btree_node *leaf, uint32_t from, uint32_t to, struct db_pair pair)
 {
-    struct db_btree_node *node = at(tree, tree->root);
-    struct db_pair low = {0, 0}, high = {UINT64_MAX, UINT64_MAX};
-
-    for (uint32_t level = tree->depth; level > 0; level--) {
-        uint32_t i = child_of(node, old);
-        if (i > 0)
-            low = node->bounds[i];
-        if (i + 1 < node->count)
-            high = node->bounds[i + 1];
-        node = at(tree, node->children[i]);
+    if (from < to) {
+        to--; /* the place is counted with the old pair in it */
+        move(leaf, from, leaf, from + 1, to - from, 0);
+    } else {
+        move(leaf, to + 1, leaf, to, from - to, 0);
     }
+    leaf->pairs[to] = pair;
+}
 
-    uint32_t position = position_of(node, old);
-    assert(position < node->count);
-    assert(equal(node->pairs[position], old));
-    bool stays = !less(new, low) && less(new, high);
-    if (position > 0)
-        stays = stays && less(node->pairs[position - 1], new);
-    if (position + 1 < node->count)
-        stays = stays && less(new, node->pairs[position + 1]);
-    if (stays) {
-        node->pairs[position] = new;
+void db_btree_replace(struct db_btree *tree, struct db_btree_cursor cursor,
+                      struct db_btree_cursor place, struct db_pair pair)
+{
+    struct db_btree_node *leaf = at(tree, cursor.leaf);
+    uint32_t position = cursor.position;
+
+    assert(position < leaf->count);
+    if (place.leaf == cursor.leaf) {
+        shift(leaf, position, place.position, pair);
         return;
     }
-    db_btree_remove(tree, old);
-    db_btree_insert(tree, new);
+    if (at(tree, place.leaf)->count < LEAF_PAIRS) {
+        db_btree_insert(tree, place, pair); /* and nothing moved that is in another leaf */
+        db_btree_remove(tree, cursor);
+    } else {
+        db_btree_remove(tree, cursor);
+        db_btree_insert(tree, db_btree_find(tree, pair), pair);
+    }
 }
 
 /* ---- looking at the set ---------------------------------------------------------------------- */
 
-bool db_btree_seek(const struct db_btree *tree, struct db_pair pair,
-                   struct db_btree_cursor *cursor)
+void db_btree_find_all(struct db_btree_search *searches, uint32_t count)
 {
-    uint32_t index = tree->root;
+    uint32_t deepest = 0;
 
-    for (uint32_t level = tree->depth; level > 0; level--) {
-        const struct db_btree_node *node = at(tree, index);
-        index = node->children[child_of(node, pair)];
+    for (uint32_t i = 0; i < count; i++) {
+        const struct db_btree *tree = searches[i].tree;
+        searches[i].found.leaf = tree->root;
+        deepest = tree->depth > deepest ? tree->depth : deepest;
     }
-    const struct db_btree_node *leaf = at(tree, index);
-    *cursor = (struct db_btree_cursor){index, position_of(leaf, pair)};
+    for (uint32_t level = deepest; level > 0; level--) {
+        for (struct db_btree_search *search = searches; search < searches + count; search++) {
+            if (search->tree->depth < level)
+                continue;
+            const struct db_btree_node *node = at(search->tree, search->found.leaf);
+            search->found.leaf = node->children[child_of(node, search->pair)];
+            fetch(search->tree, search->found.leaf);
+        }
+    }
+    for (struct db_btree_search *search = searches; search < searches + count; search++)
+        search->found.position = position_of(at(search->tree, search->found.leaf), search->pair);
+}
+
+struct db_btree_cursor db_btree_find(const struct db_btree *tree, struct db_pair pair)
+{
+    struct db_btree_search search = {.tree = tree, .pair = pair};
+
+    db_btree_find_all(&search, 1);
+    return search.found;
+}
+
+bool db_btree_settle(const struct db_btree *tree, struct db_btree_cursor *cursor)
+{
+    const struct db_btree_node *leaf = at(tree, cursor->leaf);
+
     if (cursor->position < leaf->count)
         return true;
     if (leaf->next == NONE)
         return false;
     *cursor = (struct db_btree_cursor){leaf->next, 0};
     return true;
+}
+
+bool db_btree_seek(const struct db_btree *tree, struct db_pair pair,
+                   struct db_btree_cursor *cursor)
+{
+    *cursor = db_btree_find(tree, pair);
+    return db_btree_settle(tree, cursor);
 }
 
 bool db_btree_next(const struct db_btree *tree, struct db_btree_cursor *cursor)
