@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -228,13 +227,16 @@ def one_map(count: int, rounds: int) -> None:
         raise RuntimeError(f"{extents.free_extents} free extents instead of {count}")
     allocated, freed = [], []
     for _ in range(rounds):
-        wanted = (chance.integers(1, REGION_UNITS, calls) * UNIT_BYTES).tolist()
+        wanted = chance.integers(1, REGION_UNITS, calls) * UNIT_BYTES
+        arguments = wanted.tolist()
         start = time.thread_time()
-        offsets = [extents.allocate(length) for length in wanted]
+        offsets = [extents.allocate(length) for length in arguments]
         allocated.append((time.thread_time() - start) / calls * 1e6)
-        runs = list(zip(offsets, wanted, strict=True))
-        random.Random(1).shuffle(runs)
-        freed.append(free_all(extents, runs) / calls * 1e6)
+        # In any order, but as new numbers one after another in memory: shuffled ones would be
+        # cache misses that are not the map's.
+        order = chance.permutation(calls)
+        runs = zip(np.array(offsets)[order].tolist(), wanted[order].tolist(), strict=True)
+        freed.append(free_all(extents, list(runs)) / calls * 1e6)
     for figures in (allocated, freed, [insert / count * 1e6], [size / count]):
         print(*figures)
 
