@@ -21,10 +21,14 @@ cdef class ExtentMap:
             raise ValueError(f"an extent map of {size} bytes in units of {unit}: the unit must "
                              "be a power of two and the size at least one unit")
 
-    cdef db_extent_stats _stats(self) except *:
-        cdef db_extent_stats stats
+    cdef int _require_map(self) except -1:
         if self.map == NULL:
             raise ClosedError("this ExtentMap was never initialised")
+        return 0
+
+    cdef db_extent_stats _stats(self) except *:
+        cdef db_extent_stats stats
+        self._require_map()
         db_extent_map_stats(self.map, &stats)
         return stats
 
@@ -58,9 +62,11 @@ cdef class ExtentMap:
         cdef uint64_t size = _bytes(length, "length")
         cdef uint64_t alignment = _bytes(align, "align")
         cdef uint64_t offset = 0
-        cdef db_extent_stats stats = self._stats()
+        cdef db_extent_stats stats
+        self._require_map()
         cdef int rc = db_extent_allocate(self.map, size, alignment, &offset)
         if rc == -ENOSPC:
+            stats = self._stats()
             raise NoSpaceError(
                 ENOSPC,
                 f"no free run of {size} bytes: {stats.free_bytes} of {stats.total_bytes} bytes "
@@ -78,18 +84,18 @@ cdef class ExtentMap:
         """Takes exactly this run. Raises ValueError if part of it is taken or outside."""
         cdef uint64_t start = _bytes(offset, "offset")
         cdef uint64_t size = _bytes(length, "length")
-        cdef db_extent_stats stats = self._stats()
-        self._check(db_extent_reserve(self.map, start, size), start, size, stats.total_bytes)
+        self._require_map()
+        self._check(db_extent_reserve(self.map, start, size), start, size)
 
     def free(self, offset, length):
         """Gives a run back, or a part of one. Raises ValueError if part of it is free already
         or outside."""
         cdef uint64_t start = _bytes(offset, "offset")
         cdef uint64_t size = _bytes(length, "length")
-        cdef db_extent_stats stats = self._stats()
-        self._check(db_extent_free(self.map, start, size), start, size, stats.total_bytes)
+        self._require_map()
+        self._check(db_extent_free(self.map, start, size), start, size)
 
-    cdef int _check(self, int rc, uint64_t offset, uint64_t length, uint64_t total) except -1:
+    cdef int _check(self, int rc, uint64_t offset, uint64_t length) except -1:
         if rc == 0:
             return 0
         run = f"the run of {length} bytes at {offset}"
@@ -98,7 +104,9 @@ cdef class ExtentMap:
         if rc == -ENOENT:
             raise ValueError(f"{run} is free already, or part of it is")
         if rc == -EINVAL:
-            raise ValueError(f"{run} is empty, unaligned, or outside the map of {total} bytes")
+            raise ValueError(
+                f"{run} is empty, unaligned, or outside the map of {self.total_bytes} bytes"
+            )
         if rc == -ENOMEM:
             raise MemoryError("no memory for an extent")
         raise OSError(-rc, os.strerror(-rc))
@@ -107,7 +115,7 @@ cdef class ExtentMap:
         """The free runs as a list of (offset, length), in order."""
         cdef uint64_t offset = 0
         cdef uint64_t length = 0
-        self._stats()
+        self._require_map()
         runs = []
         while db_extent_next_free(self.map, &offset, &length) == 0:
             runs.append((offset, length))
@@ -116,7 +124,7 @@ cdef class ExtentMap:
 
     def verify(self):
         """Recomputes every invariant; raises CorruptionError if one is broken. O(n)."""
-        self._stats()
+        self._require_map()
         if db_extent_map_verify(self.map):
             raise CorruptionError("the extent map contradicts itself: this is a bug in dualblade")
 
