@@ -136,11 +136,10 @@ cdef class Completion:
     cdef int _prepare_one(self, Py_ssize_t i, object request, object checksums) except -1:
         if not isinstance(request, (tuple, list)) or len(request) != 2:
             raise TypeError(f"request {i} must be a pair (offset, buffer), got {request!r}")
-        cdef int64_t offset = _bytes(request[0], f"offset of request {i}")
+        cdef int64_t offset = _bytes(request[0], "offset of request", i)
         cdef bint reads = self.batch.direction == DB_READ
         cdef Py_buffer *view = &self.views[self.view_count]
-        _export(request[1], view, PyBUF_WRITABLE if reads else PyBUF_SIMPLE,
-                f"buffer of request {i}")
+        _export(request[1], view, PyBUF_WRITABLE if reads else PyBUF_SIMPLE, "buffer of request", i)
         self.view_count += 1
         if view.len == 0:
             return 0
@@ -164,7 +163,7 @@ cdef class Completion:
         cdef uint32_t chunk_bytes = self.device.chunk_bytes
         cdef Py_ssize_t count = (length + chunk_bytes - 1) // chunk_bytes
         _export(array, view, PyBUF_FORMAT | (PyBUF_WRITABLE if filled_in else PyBUF_SIMPLE),
-                f"checksums of request {i}")
+                "checksums of request", i)
         self.view_count += 1
         if (view.itemsize != 8 or view.format == NULL or <uintptr_t>view.buf % 8
                 or (strcmp(view.format, b"L") and strcmp(view.format, b"Q"))):
