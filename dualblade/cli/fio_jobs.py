@@ -16,6 +16,7 @@ from dualblade import Completion, Device, aligned_empty
 from dualblade.cli.fio_latency import Recorder
 from dualblade.cli.fio_offsets import Directions, Offsets
 from dualblade.cli.fio_options import Options
+from dualblade.cli.fio_pylibaio import Batch, PylibaioDevice
 from dualblade.cli.fio_target import Region
 from dualblade.cli.fio_verify import Pattern, check_block
 
@@ -52,21 +53,23 @@ class Result:
         return sum(recorder.io_bytes for recorder in self.recorders.values())
 
 
+class Lane:
+    """One direction of one thread: where it goes next, and what it took."""
+
+    __slots__ = ("is_read", "places", "recorder")
+
+    def __init__(self, *, is_read: bool, places: Offsets) -> None:
+        self.is_read = is_read
+        self.places = places
+        self.recorder = Recorder()
+
+
 class Slot:
     """Memory for one batch, and the batch that is in flight with it."""
 
-    __slots__ = (
-        "completion",
-        "count",
-        "is_read",
-        "memory",
-        "offsets",
-        "started_ns",
-        "submitted_ns",
-        "views",
-    )
+    __slots__ = ("completion", "lane", "memory", "offsets", "started_ns", "submitted_ns", "views")
 
-    def __init__(self, count: int, block_bytes: int, rng: np.random.Generator) -> None:
+    def __init__(self, count: int, block_bytes: int, rng: np.random.Generator, lane: Lane) -> None:
         self.memory = aligned_empty(count * block_bytes, np.uint8)
         noise = rng.bytes(min(len(self.memory), 1 << 20))
         for start in range(0, len(self.memory), len(noise)):  # this faults its pages in, too
@@ -74,10 +77,9 @@ class Slot:
             part[:] = np.frombuffer(noise, np.uint8)[: len(part)]
         whole = memoryview(self.memory)
         self.views = [whole[i * block_bytes : (i + 1) * block_bytes] for i in range(count)]
-        self.completion: Completion | None = None
+        self.completion: Completion | Batch | None = None
         self.offsets: list[int] = []
-        self.is_read = True
-        self.count = 0
+        self.lane = lane
         self.started_ns = 0
         self.submitted_ns = 0
 
@@ -101,7 +103,7 @@ class _Verifier:
 
     def note(self, slot: Slot) -> None:
         """Of a batch that is complete."""
-        if not slot.is_read:
+        if not slot.lane.is_read:
             self.written[np.array(slot.offsets, np.int64) // self._block_bytes] = True
         elif self.only_reads:
             for offset, view in slot.requests():
@@ -115,32 +117,41 @@ class Worker:
         self, number: int, options: Options, region: Region, verifier: _Verifier | None
     ) -> None:
         self._options = options
+        self._block_bytes = options.bs
         self._verifier = verifier
         seed = options.randseed * 1000003 + number
         rng = np.random.default_rng(seed)
         batches = -(-options.iodepth // options.iodepth_batch)
         counts = [options.iodepth_batch] * (batches - 1)
         counts.append(options.iodepth - sum(counts))
-        self.slots = [Slot(count, options.bs, rng) for count in counts]
-        self.recorders = {name: Recorder() for name in options.directions}
         blocks = region.size_bytes // options.bs
-        places = {
-            name: Offsets(blocks, options.bs, random=options.is_random, seed=seed)
+        self.lanes = {
+            name: Lane(
+                is_read=name == "read",
+                places=Offsets(blocks, options.bs, random=options.is_random, seed=seed),
+            )
             for name in options.directions
         }
-        if options.is_random and len(places) == 2:
-            places["write"] = places["read"]  # a pass visits each block once, to read or to write
-        self._places = places
-        self._mix = Directions(options.rwmixread, seed + 1)
+        lanes = list(self.lanes.values())
+        if options.is_random and len(lanes) == 2:
+            lanes[1].places = lanes[0].places  # a pass visits each block once, to read or to write
+        self.slots = [Slot(count, options.bs, rng, lanes[0]) for count in counts]
+        self._mix = Directions(options.rwmixread, seed + 1) if len(lanes) == 2 else None
         moves = options.io_size or region.size_bytes
         self._blocks_left = None if options.time_based else max(1, moves // options.bs)
+        self.stopped = False
+        """Set from another thread: no more batches are started."""
 
-    def run(self, device: Device, start_ns: int, stop: threading.Event) -> None:
-        """Keeps the depth in flight until the job is done or `stop` is set."""
+    def run(self, device: Device | PylibaioDevice, start_ns: int) -> None:
+        """Keeps the depth in flight until the job is done or `stopped`.
+
+        What is done here between a completion and the next batch is part of what is measured.
+        """
         runtime = self._options.runtime
         deadline = start_ns + int(runtime * 1e9) if runtime else 1 << 63
         path = self._options.access_path
-        submit = {True: device.read, False: device.write}
+        read, write = device.read, device.write
+        choose, complete = self._choose, self._complete
         fill = self._verifier.fill if self._verifier else None
         clock = time.perf_counter_ns
         now = start_ns
@@ -149,13 +160,16 @@ class Worker:
                 if slot.completion is not None:
                     slot.completion.wait()
                     now = clock()
-                    self._complete(slot, now, start_ns)
-                if now >= deadline or stop.is_set() or not self._choose(slot):
+                    complete(slot, now, start_ns)
+                if now >= deadline or self.stopped or not choose(slot):
                     break
-                if fill and not slot.is_read:
+                is_read = slot.lane.is_read
+                if fill and not is_read:
                     fill(slot)
+                start = read if is_read else write
+                requests = slot.requests()
                 slot.started_ns = clock()
-                slot.completion = submit[slot.is_read](slot.requests(), path=path)
+                slot.completion = start(requests, path=path)
                 slot.submitted_ns = clock()
         finally:
             self._drain(start_ns)
@@ -163,27 +177,28 @@ class Worker:
     def _choose(self, slot: Slot) -> bool:
         """The next batch's direction and offsets; False when everything was handed out."""
         count = len(slot.views)
-        if self._blocks_left is not None:
-            count = min(count, self._blocks_left)
-            if count == 0:
-                return False
-            self._blocks_left -= count
-        if len(self.recorders) == 2:
-            slot.is_read = self._mix.next_is_read()
-        else:
-            slot.is_read = "read" in self.recorders
-        slot.count = count
-        slot.offsets = self._places["read" if slot.is_read else "write"].take(count)
+        left = self._blocks_left
+        if left is not None:
+            if left < count:
+                if left == 0:
+                    return False
+                count = left
+            self._blocks_left = left - count
+        if self._mix is not None:
+            slot.lane = self.lanes["read" if self._mix.next_is_read() else "write"]
+        slot.offsets = slot.lane.places.take(count)
         return True
 
     def _complete(self, slot: Slot, now: int, start_ns: int) -> None:
         slot.completion = None
-        recorder = self.recorders["read" if slot.is_read else "write"]
+        count = len(slot.offsets)
+        submitted_ns = slot.submitted_ns
+        recorder = slot.lane.recorder
         is_full = recorder.record(
-            slot.count,
-            slot.count * self._options.bs,
-            slot.submitted_ns - slot.started_ns,
-            now - slot.submitted_ns,
+            count,
+            count * self._block_bytes,
+            submitted_ns - slot.started_ns,
+            now - submitted_ns,
             now - start_ns,
         )
         if is_full:
@@ -204,8 +219,8 @@ class Worker:
                 error = error or caught
             else:
                 self._complete(slot, time.perf_counter_ns(), start_ns)
-        for recorder in self.recorders.values():
-            recorder.fold()
+        for lane in self.lanes.values():
+            lane.recorder.fold()
         if error is not None:
             raise error
 
@@ -213,13 +228,12 @@ class Worker:
 class Job:
     """All threads of a job on one open Device."""
 
-    def __init__(self, options: Options, region: Region, device: Device) -> None:
+    def __init__(self, options: Options, region: Region, device: Device | PylibaioDevice) -> None:
         self._options = options
         self._device = device
         self._moved_before = device.stats()[options.access_path]
         self._verifier = _Verifier(options, region) if options.verify else None
         self._workers = [Worker(i, options, region, self._verifier) for i in range(options.numjobs)]
-        self._stop = threading.Event()
         self._error: BaseException | None = None
 
     def run(self, report: Callable[[Job, float], None]) -> Result:
@@ -242,8 +256,8 @@ class Job:
         result.wall_s = (time.perf_counter_ns() - start_ns) / 1e9
         account(result, before, resource.getrusage(resource.RUSAGE_SELF))
         for worker in self._workers:
-            for name, recorder in worker.recorders.items():
-                result.recorders[name].merge(recorder)
+            for name, lane in worker.lanes.items():
+                result.recorders[name].merge(lane.recorder)
         result.device_stats = self._device.stats()
         if self._error is not None:
             raise self._error
@@ -279,17 +293,21 @@ class Job:
         except KeyboardInterrupt:
             result.interrupted = True
         finally:
-            self._stop.set()
+            self._stop()
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
 
     def _guarded(self, worker: Worker, start_ns: int) -> None:
         try:
-            worker.run(self._device, start_ns, self._stop)
+            worker.run(self._device, start_ns)
         except BaseException as error:  # noqa: BLE001 - run() raises it in the caller's thread
             self._error = self._error or error
-            self._stop.set()
+            self._stop()
+
+    def _stop(self) -> None:
+        for worker in self._workers:
+            worker.stopped = True
 
     def _verify_written(self, result: Result) -> int:
         """Reads everything that was written back; how many blocks were compared."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from array import array
 from collections import Counter
 
 import numpy as np
@@ -75,20 +74,21 @@ class Recorder:
         """When the last batch completed, since the start."""
         self.bytes_in_interval: Counter[int] = Counter()
         self._bins = np.zeros(_BINS, np.int64)
-        self._samples = array("q")
+        self._samples: list[int] = []
 
     def record(
         self, requests: int, moved_bytes: int, slat_ns: int, clat_ns: int, completed_ns: int
     ) -> bool:
         """Notes one batch; True when it is time to fold()."""
-        self._samples.extend((requests, moved_bytes, slat_ns, clat_ns, completed_ns))
-        return len(self._samples) >= FOLD_BATCHES * _FIELDS
+        samples = self._samples
+        samples += (requests, moved_bytes, slat_ns, clat_ns, completed_ns)
+        return len(samples) >= FOLD_BATCHES * _FIELDS
 
     def fold(self) -> None:
         """Takes what record() noted into the figures."""
         if not self._samples:
             return
-        samples = np.frombuffer(self._samples, np.int64).reshape(-1, _FIELDS)
+        samples = np.array(self._samples, np.int64).reshape(-1, _FIELDS)
         requests, moved, slat, clat, completed = samples.T
         self.requests += int(requests.sum())
         self.io_bytes += int(moved.sum())
@@ -101,7 +101,7 @@ class Recorder:
         sums = np.bincount(inverse, weights=moved)
         for interval, count in zip(intervals.tolist(), sums.tolist(), strict=True):
             self.bytes_in_interval[interval] += int(count)
-        self._samples = array("q")
+        self._samples = []
 
     def merge(self, other: Recorder) -> None:
         """Takes in what another one has folded."""

@@ -27,6 +27,7 @@ ENGINES = {
     "libaio": "aio",
     "threads": "threads",
     "psync": "threads",
+    "pylibaio": "pylibaio",
 }
 PERCENTILES = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99, 99.5, 99.9, 99.95, 99.99)
 BLOCK_BYTES = 4096  # what offsets on the direct path are multiples of
@@ -35,6 +36,7 @@ BATCHES_IN_FLIGHT = 4
 BATCH_BYTES = 256 << 10
 REQUEST_BYTES = 256 << 10
 
+_FLAGS = {"--time-based", "--fixedbufs", "--hipri", "--sqthread-poll", "--end-fsync"}  # fio's
 _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4, "p": 5}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -83,6 +85,8 @@ class Options:
     direct: bool
     engine: str
     fixedbufs: bool
+    hipri: bool
+    sqthread_poll: bool
     request_bytes: int
     end_fsync: bool
     verify: bool
@@ -135,7 +139,8 @@ class _Parser(argparse.ArgumentParser):
 def parse(arguments: Sequence[str]) -> Options:
     """Options from a command line; wrong ones end the program with one line and status 2."""
     parser = _parser()
-    values = parser.parse_args([_dashed(argument) for argument in arguments])
+    dashed = [_dashed(argument) for argument in arguments]
+    values = parser.parse_args([word for word in dashed if word])
     try:
         if values.workload is not None:
             _check_workload(values, parser)
@@ -145,11 +150,15 @@ def parse(arguments: Sequence[str]) -> Options:
 
 
 def _dashed(argument: str) -> str:
-    """fio writes options with underscores, we with dashes; both are taken."""
+    """fio writes options with underscores, and those that take no value with =1 or =0; both are
+    understood. "" for an option that is set to 0."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
-    return name.replace("_", "-") + equals + value
+    name = name.replace("_", "-")
+    if name in _FLAGS and value in {"0", "1"}:
+        return name if value == "1" else ""
+    return name + equals + value
 
 
 # ---- units ---------------------------------------------------------------------------------------
@@ -279,6 +288,17 @@ def _add_io(parser: argparse.ArgumentParser) -> None:
     add("--direct", choices=("0", "1"), default="1", help="0: through the page cache; default 1")
     add("--fixedbufs", action="store_true", help="register the buffers with the kernel")
     add(
+        "--hipri",
+        action="store_true",
+        help="poll for completions instead of waiting for interrupts: uring, on a device whose "
+        "driver has polling queues",
+    )
+    add(
+        "--sqthread-poll",
+        action="store_true",
+        help="a kernel thread takes the requests, without system calls: uring",
+    )
+    add(
         "--request-bytes",
         type=size,
         default=REQUEST_BYTES,
@@ -346,7 +366,8 @@ _WORKLOAD_DEFAULTS = {
 }
 _BLOCK_JOB_ONLY = (
     *("rw", "rwmixread", "bs", "io_size", "runtime", "time_based", "numjobs", "randseed"),
-    *("iodepth", "iodepth_batch", "direct", "fixedbufs", "request_bytes", "end_fsync"),
+    *("iodepth", "iodepth_batch", "direct", "fixedbufs", "hipri", "sqthread_poll"),
+    *("request_bytes", "end_fsync"),
     *("compare", "plot"),
 )
 
@@ -365,6 +386,7 @@ def _checked(values: argparse.Namespace) -> Options:
     _check_mix(values)
     _check_amounts(values)
     _check_depth(values)
+    _check_engine(values)
     if values.rounds != 5 and not values.compare:
         raise ValueError("--rounds is for --compare")
     if values.compare and (values.plot or values.verify):
@@ -407,6 +429,25 @@ def _check_amounts(values: argparse.Namespace) -> None:
         raise ValueError("--time-based needs --runtime")
     if values.fixedbufs and not values.direct:
         raise ValueError("--fixedbufs is for --direct 1: the page cache copies anyway")
+
+
+def _check_engine(values: argparse.Namespace) -> None:
+    for name in ("hipri", "sqthread_poll"):
+        if not getattr(values, name):
+            continue
+        option = f"--{name.replace('_', '-')}"
+        if values.engine not in ("auto", "uring"):
+            raise ValueError(f"{option} is io_uring's: use --engine uring, not {values.engine}")
+        if not values.direct:
+            raise ValueError(f"{option} is for --direct 1: the page cache has no queue to poll")
+    if values.engine != "pylibaio":
+        return
+    if values.workload is not None:
+        raise ValueError("--engine pylibaio is for block jobs: a store has engines of its own")
+    if not values.direct:
+        raise ValueError("--engine pylibaio is for --direct 1: else Linux AIO waits in submitting")
+    if values.fixedbufs:
+        raise ValueError("--fixedbufs is not for --engine pylibaio: it registers no memory")
 
 
 def _check_depth(values: argparse.Namespace) -> None:
@@ -453,7 +494,7 @@ def _fio_spelling(values: argparse.Namespace) -> dict[str, str]:
         given["runtime"] = f"{values.runtime:g}"
     if values.rwmixread is not None:
         given["rwmixread"] = str(values.rwmixread)
-    for name in ("time_based", "fixedbufs", "end_fsync"):
+    for name in ("time_based", "fixedbufs", "hipri", "sqthread_poll", "end_fsync"):
         if getattr(values, name):
             given[name] = "1"
     return given

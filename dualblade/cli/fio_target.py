@@ -12,12 +12,13 @@ import numpy as np
 from dualblade import Device
 from dualblade._core import find_signature
 from dualblade.cli.fio_options import DEPTH_MAX, Options
+from dualblade.cli.fio_pylibaio import INSTALL, PylibaioDevice, load
 from dualblade.errors import DeviceRefusedError, DualbladeError, UnsupportedError, device_error
 from dualblade.header import HEADER_BYTES, Header
 from dualblade.safety import check_target
 
 _LAYOUT_BYTES = 1 << 20
-_WORKERS_MAX = 64
+WORKERS_MAX = 64
 
 
 class UsageError(Exception):
@@ -39,6 +40,11 @@ def prepare(options: Options) -> Region:
     Raises DeviceRefusedError, DeviceError, UsageError.
     """
     path = options.filename
+    if options.engine == "pylibaio":
+        try:
+            load()
+        except ImportError as error:
+            raise UsageError(f"--engine pylibaio needs {INSTALL} ({error})") from error
     try:
         status = os.stat(path)
     except FileNotFoundError:
@@ -149,20 +155,30 @@ def _block_device_bytes(path: str) -> int:
         raise device_error(error.errno or errno.EIO, device=path, operation="open") from error
 
 
-def open_device(options: Options, region: Region) -> Device:
-    """The Device that the job needs, with everything it is going to read written."""
+def open_device(options: Options, region: Region) -> Device | PylibaioDevice:
+    """What the job drives, with everything it is going to read written."""
+    if options.engine == "pylibaio":
+        if region.layout_from is not None:
+            _open(options, region, "auto").close()
+        return PylibaioDevice(options.filename, options.iodepth, read_only=not options.writes)
+    return _open(options, region, options.engine)
+
+
+def _open(options: Options, region: Region, engine: str) -> Device:
     pieces = -(-options.bs // options.request_bytes)
     depth = min(DEPTH_MAX, options.iodepth * options.numjobs * pieces)
     workers = {}
-    if options.engine == "threads" or not options.direct:
-        workers["threads"] = min(_WORKERS_MAX, depth)
+    if engine == "threads" or not options.direct:
+        workers["threads"] = min(WORKERS_MAX, depth)
     device = Device.open(
         options.filename,
-        options.engine,
+        engine,
         depth,
         request_bytes=options.request_bytes,
         staging_bytes=max(8 << 20, options.request_bytes),
         read_only=not options.writes and region.layout_from is None,
+        sqpoll=options.sqthread_poll,
+        iopoll=options.hipri,
         **workers,
     )
     try:

@@ -16,10 +16,17 @@ import pytest
 
 import dualblade
 from dualblade.cli.fio_options import DIRECTIONS
+from dualblade.cli.fio_pylibaio import load
 from dualblade.memory import limits
 from tests.devices import MemoryCgroup, Unavailable
 
 COMMAND = [sys.executable, "-m", "dualblade.cli.fio"]
+WITHOUT_PYLIBAIO = """
+import sys
+sys.modules["libaio"] = None  # as if it were not installed
+from dualblade.cli.fio import main
+sys.exit(main())
+"""
 needs_fio = pytest.mark.skipif(not shutil.which("fio"), reason="fio is not installed")
 
 
@@ -41,6 +48,21 @@ def run_json(*arguments):
     return json.loads(done.stdout)
 
 
+@pytest.fixture(params=["uring", "aio", "threads", "pylibaio"])
+def job_engine(request):
+    """What --engine takes: Device's engines and another's."""
+    if request.param != "pylibaio":
+        refusal = request.getfixturevalue("engine_refusals").get(request.param)
+        if refusal:
+            pytest.skip(f"engine {request.param}: {refusal}")
+        return request.param
+    try:
+        load()
+    except ImportError as error:
+        pytest.skip(f"engine pylibaio: {error}")
+    return request.param
+
+
 @pytest.fixture
 def target(tmp_path):
     path = tmp_path / "fio.img"
@@ -52,13 +74,13 @@ def target(tmp_path):
 
 
 @pytest.mark.parametrize("rw", list(DIRECTIONS))
-def test_every_rw_on_every_engine(target, rw, engine):
+def test_every_rw_on_every_engine(target, rw, job_engine):
     found = run_json(
-        *("--filename", target, "--rw", rw, "--engine", engine),
+        *("--filename", target, "--rw", rw, "--engine", job_engine),
         *("--bs", "16k", "--iodepth", 8, "--numjobs", 2),
     )
     job = found["jobs"][0]
-    assert job["dualblade"]["engine"] == engine
+    assert job["dualblade"]["engine"] == job_engine
     parts = {name: job[name] for name in ("read", "write")}
     assert [name for name in parts if parts[name]["total_ios"]] == list(DIRECTIONS[rw])
     # Two threads move all of the file each.
@@ -130,7 +152,32 @@ def test_the_same_seed_gives_the_same_offsets(target, tmp_path):
     assert written(8) != first
 
 
+def test_polling(target, engine_refusals):
+    """A thread of the kernel submits anywhere; completions are polled for where a driver can."""
+    if "uring" in engine_refusals:
+        pytest.skip(engine_refusals["uring"])
+    options = ("--filename", target, "--rw", "randrw", "--bs", "4k", "--iodepth", 8)
+    job = run_json(*options, "--sqthread_poll=1", "--verify")["jobs"][0]
+    assert job["job options"]["sqthread_poll"] == "1"
+    assert job["read"]["total_ios"] + job["write"]["total_ios"] == 512
+    # A device that polls may have the file; one that does not is named with the reason.
+    polled = run(*options, "--hipri", "--engine", "uring")
+    assert polled.returncode == 0 or "can't be polled for" in polled.stderr, polled.stderr
+    assert len(polled.stderr.splitlines()) <= 1
+
+
 # ---- verify --------------------------------------------------------------------------------------
+
+
+def test_every_engine_moves_the_bytes_to_where_they_belong(target, job_engine):
+    """Checked by another engine: what one wrote, threads read."""
+    options = ("--filename", target, "--bs", "12k", "--iodepth", 9, "--verify")
+    done = run(*options, "--rw", "randwrite", "--engine", job_engine, "--numjobs", 2)
+    assert done.returncode == 0, done.stderr
+    again = run(*options, "--rw", "read", "--engine", "threads")
+    assert again.returncode == 0, again.stderr
+    theirs = run(*options, "--rw", "randread", "--engine", job_engine)
+    assert theirs.returncode == 0, theirs.stderr
 
 
 @pytest.mark.parametrize("direct", [0, 1])
@@ -168,10 +215,11 @@ def test_verify_catches_writes_that_the_drive_loses(fault_device):
     assert "is an older one: what this run wrote there is lost" in done.stderr
 
 
-def test_an_error_of_the_drive_ends_the_job(fault_device):
+def test_an_error_of_the_drive_ends_the_job(fault_device, job_engine):
     device = fault_device(4 << 20)
     device.fail_nth("read", "EIO", 20)
-    done = run("--filename", device.path, "--bs", "16k", "--iodepth", 8, "--numjobs", 2)
+    options = ("--bs", "16k", "--iodepth", 8, "--numjobs", 2, "--engine", job_engine)
+    done = run("--filename", device.path, *options)
     assert done.returncode == 1
     assert "I/O error" in done.stderr
     assert "Traceback" not in done.stderr
@@ -322,6 +370,12 @@ def test_help_has_groups_and_examples():
         (["--filename", "x", "--rounds", "3"], "--compare"),
         (["--filename", "x", "--engine", "mmap"], "mmap"),
         (["--filename", "x", "--io", "4k"], "--io"),
+        (["--filename", "x", "--hipri", "--engine", "aio"], "io_uring"),
+        (["--filename", "x", "--sqthread-poll", "--engine", "threads"], "io_uring"),
+        (["--filename", "x", "--hipri", "--direct", "0"], "--direct 1"),
+        (["--filename", "x", "--engine", "pylibaio", "--direct", "0"], "--direct 1"),
+        (["--filename", "x", "--engine", "pylibaio", "--fixedbufs"], "--fixedbufs"),
+        (["--filename", "x", "--engine", "pylibaio", "--workload", "kv-decode"], "block jobs"),
         (["--filename", "not-there"], "give --size"),
     ],
 )
@@ -331,6 +385,16 @@ def test_wrong_options_are_one_line_and_status_2(arguments, words, tmp_path):
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert words in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pylibaio_says_what_to_install(tmp_path):
+    command = [sys.executable, "-c", WITHOUT_PYLIBAIO, "--filename", str(tmp_path / "x")]
+    command += ["--size", "1m", "--engine", "pylibaio"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert "pip install" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

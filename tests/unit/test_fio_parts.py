@@ -163,6 +163,8 @@ def test_fios_spelling_is_understood():
     options = parse(["--filename=x", "--time_based", "--ioengine=libaio", "--runtime=1"])
     assert options.engine == "aio"
     assert options.time_based
+    flags = parse(["--filename=x", "--fixedbufs=1", "--end_fsync=0", "--sqthread_poll=1"])
+    assert (flags.fixedbufs, flags.end_fsync, flags.sqthread_poll) == (True, False, True)
 
 
 @pytest.mark.parametrize(("depth", "bs", "batch"), [(1, "4k", 1), (64, "4k", 16), (64, "1m", 1)])
