@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -15,10 +17,14 @@ from dualblade.cli import fio_report
 from dualblade.cli.fio_jobs import Job
 from dualblade.cli.fio_options import Options
 from dualblade.cli.fio_progress import Progress
-from dualblade.cli.fio_target import open_device, prepare
+from dualblade.cli.fio_target import WORKERS_MAX, open_device, prepare
 from dualblade.errors import DualbladeError
 
-_ENGINES = {"uring": "io_uring", "aio": "libaio", "threads": "psync"}
+_ENGINES = {"uring": "io_uring", "aio": "libaio", "pylibaio": "libaio", "threads": "psync"}
+# fio's buffers go into huge pages as ours do: in 4 KiB pages large blocks are split into more
+# requests where a drive takes few segments in one. glibc has an option for it, fio has none.
+_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+_STARTS = 3
 
 
 class FioError(DualbladeError):
@@ -31,6 +37,7 @@ def measure(options: Options) -> tuple[int, str]:
     if program is None:
         raise FioError("fio is not installed: apt install fio")
     region = prepare(options)
+    start_s = 0.0
     ours: list[dict[str, Any]] = []
     theirs: list[dict[str, Any]] = []
     interrupted = False
@@ -38,6 +45,7 @@ def measure(options: Options) -> tuple[int, str]:
         for number in range(1, options.rounds + 1):
             with open_device(options, region) as device:
                 title = f"round {number} of {options.rounds}, dualblade"
+                progress.restart()
                 result = Job(options, region, device).run(_reporter(progress, title))
             region = replace(region, layout_from=None)  # what is read is there from now on
             interrupted = result.interrupted
@@ -47,7 +55,11 @@ def measure(options: Options) -> tuple[int, str]:
             try:
                 command = fio_command(options, program, result.engine, region.size_bytes)
                 progress.say(f"round {number} of {options.rounds}, fio")
+                if number == 1:
+                    start_s = start_cpu_s(command, options.bs)
                 theirs.append(run_fio(command))
+                own = theirs[-1]["dualblade"]
+                own["cpu_seconds"] = max(0.0, own["cpu_seconds"] - start_s)
             except KeyboardInterrupt:
                 interrupted = True
                 break
@@ -56,7 +68,8 @@ def measure(options: Options) -> tuple[int, str]:
     ours = ours[: len(theirs)]
     summary = summarise(ours, theirs)
     if options.output_format == "normal":
-        return int(interrupted), _text(options, summary, command, len(ours), interrupted)
+        engines = (result.engine, _ENGINES[result.engine])
+        return int(interrupted), _text(options, engines, summary, command, len(ours), interrupted)
     whole = fio_report.document(options, ours, time.time())
     whole["fio"] = theirs
     whole["compare"] = {"command": command, "interrupted": interrupted, "summary": summary}
@@ -73,14 +86,15 @@ def _reporter(progress: Progress, title: str) -> Callable[[Job, float], None]:
 def fio_command(options: Options, program: str, engine: str, size_bytes: int) -> list[str]:
     """fio's command line for the same job."""
     jobs, size, io_size = options.numjobs, size_bytes, options.io_size or size_bytes
-    command = [program, f"--name={options.name}", "--thread", "--group_reporting"]
-    command += [f"--filename={options.filename}", f"--rw={options.rw}", f"--bs={options.bs}"]
+    filename = options.filename.replace(":", "\\:")  # a bare one separates the names of two files
+    command = [program, f"--name={options.name}", "--group_reporting", "--scramble_buffers=0"]
+    command += [f"--filename={filename}", f"--rw={options.rw}", f"--bs={options.bs}"]
     command += [f"--direct={int(options.direct)}", f"--ioengine={_ENGINES[engine]}"]
     if engine == "threads":
-        # psync has one request in flight: as many threads as there are requests, each with its own
-        # part of the file, so that together they do the same work.
+        # psync has one request in flight: as many processes as Device has threads, each with its
+        # own part of the file, so that together they do the same work.
         blocks = size // options.bs
-        threads = min(jobs * options.iodepth, blocks)
+        threads = min(jobs * options.iodepth, WORKERS_MAX, blocks)
         size = blocks // threads * options.bs
         io_size = max(options.bs, io_size * jobs // threads)
         jobs = threads
@@ -96,8 +110,10 @@ def fio_command(options: Options, program: str, engine: str, size_bytes: int) ->
         command.append("--time_based")
     if len(options.directions) == 2:
         command.append(f"--rwmixread={options.rwmixread}")
-    if options.fixedbufs and engine == "uring":
-        command += ["--fixedbufs", "--registerfiles"]
+    if engine == "uring":
+        command.append("--registerfiles")  # as Device does
+        flags = ("fixedbufs", "hipri", "sqthread_poll")
+        command += [f"--{name}=1" for name in flags if getattr(options, name)]
     if options.end_fsync:
         command.append("--end_fsync=1")
     percentiles = ":".join(f"{p:g}" for p in options.percentiles[:20])
@@ -106,10 +122,17 @@ def fio_command(options: Options, program: str, engine: str, size_bytes: int) ->
 
 
 def run_fio(command: list[str]) -> dict[str, Any]:
-    """The one job of fio's report. Raises FioError."""
+    """The one job of fio's report, with the CPU time of all its processes. Raises FioError."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
-        command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False
+        command,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        check=False,
+        env={**os.environ, **_ENVIRONMENT},
     )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     try:
         # fio puts notes in front of its JSON.
         job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
@@ -118,7 +141,21 @@ def run_fio(command: list[str]) -> dict[str, Any]:
     if done.returncode or job["error"]:
         words = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
         raise FioError(f"fio failed with status {done.returncode}: {words[-1]} ({command})")
+    user_s, system_s = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
+    job["dualblade"] = {"cpu_seconds": user_s + system_s}
     return job
+
+
+def start_cpu_s(command: list[str], block_bytes: int) -> float:
+    """What fio spends on starting and ending: the same job, of one block.
+
+    Its own count leaves out the kernel's workers that serve io_uring, and ours does not; so the
+    whole of both is taken, less this.
+    """
+    program, *rest = command
+    shortest = [word for word in rest if word != "--time_based"] + [f"--io_size={block_bytes}"]
+    runs = [run_fio([program, *shortest])["dualblade"]["cpu_seconds"] for _ in range(_STARTS)]
+    return statistics.median(runs)
 
 
 # ---- figures -------------------------------------------------------------------------------------
@@ -141,9 +178,8 @@ def figures(job: dict[str, Any]) -> dict[str, float]:
             if percent in percentiles:
                 label = f"{name} clat p{float(percent):g} us"
                 found[label] = percentiles[percent] / 1000
-    cpu_s = (job["usr_cpu"] + job["sys_cpu"]) / 100 * job["job_runtime"] / 1000
     if moved:
-        found["CPU-s per GB"] = cpu_s / (moved / 1e9)
+        found["CPU-s per GB"] = job["dualblade"]["cpu_seconds"] / (moved / 1e9)
     return found
 
 
@@ -173,17 +209,19 @@ def summarise(
 
 def _text(
     options: Options,
+    engines: tuple[str, str],
     summary: dict[str, dict[str, Any]],
     command: list[str],
     rounds: int,
     interrupted: bool,
 ) -> str:
+    titles = (f"dualblade-fio, {engines[0]}", f"fio, {engines[1]}")
     lines = [
         f"{options.name}: rw={options.rw}, bs={options.bs}, iodepth={options.iodepth} in batches "
         f"of {options.iodepth_batch}, numjobs={options.numjobs}; median of {rounds} rounds "
         "(least - greatest)",
         f"  fio: {' '.join(command[1:])}",
-        f"  {'':22}{'dualblade':>32}{'fio':>32}{'ratio':>8}",
+        f"  {'':22}{titles[0]:>32}{titles[1]:>32}{'ratio':>8}",
     ]
     for name, row in summary.items():
         cells = [_cell(row[who]) for who in ("dualblade", "fio")]

@@ -51,13 +51,17 @@ class Progress:
             self._shown_at = now
             self._show(what)
 
+    def restart(self) -> None:
+        """What has moved is counted from nothing again: another job begins."""
+        self._moved, self._moved_at = {}, 0.0
+
     def moved(self, title: str, elapsed_s: float, total: dict[str, int]) -> None:
         """Says how fast bytes move, given how many of each direction have moved in all."""
         now = time.monotonic()
         if now - self._shown_at < LINE_EVERY_S:
             return
-        if elapsed_s < self._moved_at:  # another job
-            self._moved, self._moved_at = {}, 0.0
+        if elapsed_s < self._moved_at:
+            self.restart()
         seconds = max(elapsed_s - self._moved_at, 1e-9)
         rates = [
             f"{name} {format_size(int((count - self._moved.get(name, 0)) / seconds))}/s"
