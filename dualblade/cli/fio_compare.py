@@ -24,7 +24,6 @@ _ENGINES = {"uring": "io_uring", "aio": "libaio", "pylibaio": "libaio", "threads
 # fio's buffers go into huge pages as ours do: in 4 KiB pages large blocks are split into more
 # requests where a drive takes few segments in one. glibc has an option for it, fio has none.
 _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-_STARTS = 3
 
 
 class FioError(DualbladeError):
@@ -37,7 +36,6 @@ def measure(options: Options) -> tuple[int, str]:
     if program is None:
         raise FioError("fio is not installed: apt install fio")
     region = prepare(options)
-    start_s = 0.0
     ours: list[dict[str, Any]] = []
     theirs: list[dict[str, Any]] = []
     interrupted = False
@@ -55,11 +53,7 @@ def measure(options: Options) -> tuple[int, str]:
             try:
                 command = fio_command(options, program, result.engine, region.size_bytes)
                 progress.say(f"round {number} of {options.rounds}, fio")
-                if number == 1:
-                    start_s = start_cpu_s(command, options.bs)
-                theirs.append(run_fio(command))
-                own = theirs[-1]["dualblade"]
-                own["cpu_seconds"] = max(0.0, own["cpu_seconds"] - start_s)
+                theirs.append(run_fio(command, options.bs))
             except KeyboardInterrupt:
                 interrupted = True
                 break
@@ -121,8 +115,22 @@ def fio_command(options: Options, program: str, engine: str, size_bytes: int) ->
     return [*command, "--output-format=json"]
 
 
-def run_fio(command: list[str]) -> dict[str, Any]:
-    """The one job of fio's report, with the CPU time of all its processes. Raises FioError."""
+def run_fio(command: list[str], block_bytes: int) -> dict[str, Any]:
+    """The one job of fio's report, with the CPU time that it took. Raises FioError.
+
+    fio's own count leaves out the kernel's workers that serve io_uring, and ours has them; so the
+    whole of its processes is taken, less what the same job of one block takes to start and end.
+    """
+    program, *rest = command
+    shortest = [word for word in rest if word != "--time_based"] + [f"--io_size={block_bytes}"]
+    _, start_s = _run([program, *shortest])
+    job, whole_s = _run(command)
+    job["dualblade"] = {"cpu_seconds": max(0.0, whole_s - start_s), "start_cpu_seconds": start_s}
+    return job
+
+
+def _run(command: list[str]) -> tuple[dict[str, Any], float]:
+    """fio's job, and the CPU time of its processes."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         command,
@@ -141,21 +149,7 @@ def run_fio(command: list[str]) -> dict[str, Any]:
     if done.returncode or job["error"]:
         words = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()
         raise FioError(f"fio failed with status {done.returncode}: {words[-1]} ({command})")
-    user_s, system_s = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
-    job["dualblade"] = {"cpu_seconds": user_s + system_s}
-    return job
-
-
-def start_cpu_s(command: list[str], block_bytes: int) -> float:
-    """What fio spends on starting and ending: the same job, of one block.
-
-    Its own count leaves out the kernel's workers that serve io_uring, and ours does not; so the
-    whole of both is taken, less this.
-    """
-    program, *rest = command
-    shortest = [word for word in rest if word != "--time_based"] + [f"--io_size={block_bytes}"]
-    runs = [run_fio([program, *shortest])["dualblade"]["cpu_seconds"] for _ in range(_STARTS)]
-    return statistics.median(runs)
+    return job, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 # ---- figures -------------------------------------------------------------------------------------

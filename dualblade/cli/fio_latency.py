@@ -73,6 +73,8 @@ class Recorder:
         self.last_ns = 0
         """When the last batch completed, since the start."""
         self.bytes_in_interval: Counter[int] = Counter()
+        self.batches: Counter[int] = Counter()
+        """How many batches had so many requests."""
         self._bins = np.zeros(_BINS, np.int64)
         self._samples: list[int] = []
 
@@ -96,6 +98,8 @@ class Recorder:
         self.clat.add(clat, requests)
         self.lat.add(slat + clat, requests)
         self.last_ns = max(self.last_ns, int(completed.max()))
+        sizes, counts = np.unique(requests, return_counts=True)
+        self.batches.update(dict(zip(sizes.tolist(), counts.tolist(), strict=True)))
         np.add.at(self._bins, _bin_of(clat), requests)
         intervals, inverse = np.unique(completed // (INTERVAL_MS * 1_000_000), return_inverse=True)
         sums = np.bincount(inverse, weights=moved)
@@ -113,6 +117,7 @@ class Recorder:
         self.last_ns = max(self.last_ns, other.last_ns)
         self._bins += other._bins
         self.bytes_in_interval.update(other.bytes_in_interval)
+        self.batches.update(other.batches)
 
     def bins(self) -> dict[int, int]:
         """Requests by clat in nanoseconds: the middle of each bin that has any."""

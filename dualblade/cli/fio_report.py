@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import dualblade
@@ -23,6 +23,10 @@ _CLASSES = {
     "latency_us": (1000, (2, 4, 10, 20, 50, 100, 250, 500, 750, 1000)),
     "latency_ms": (1_000_000, (2, 4, 10, 20, 50, 100, 250, 500, 750, 1000, 2000)),
 }
+# Likewise of depths: how many are in flight when a request is handed over, by the lower ends; and
+# how many go in one call, by the upper ends.
+_LEVELS = (1, 2, 4, 8, 16, 32, 64)
+_CALLS = (0, 4, 8, 16, 32, 64)
 
 
 # ---- JSON ----------------------------------------------------------------------------------------
@@ -57,6 +61,7 @@ def job(options: Options, result: Result) -> dict[str, Any]:
         **described,
         "sync": {"total_ios": 0, "lat_ns": _moments(Moments())},
         **usage(result, options.numjobs),
+        **_depths(options, list(result.recorders.values())),
         **_latency_classes(list(result.recorders.values())),
         "latency_depth": options.iodepth,
         "latency_target": 0,
@@ -151,6 +156,33 @@ def _latency_classes(recorders: list[Recorder]) -> dict[str, dict[str, float]]:
     rest = sum(count for value, count in bins if value > below)
     classes["latency_ms"][">=2000"] = rest / total * 100 if total else 0.0
     return classes
+
+
+def _depths(options: Options, recorders: list[Recorder]) -> dict[str, dict[str, float]]:
+    """Follows from how a job runs: each thread fills its depth once, and then keeps it full."""
+    requests = sum(recorder.requests for recorder in recorders) / options.numjobs
+    level = dict.fromkeys(_LEVELS, 0.0)
+    for low, high in zip(_LEVELS, (*_LEVELS[1:], options.iodepth + 1), strict=True):
+        if low <= options.iodepth < high:
+            level[low] = max(0.0, requests - (low - 1))
+        elif low <= options.iodepth:
+            level[low] = max(0.0, min(requests, high - 1) - (low - 1))
+    calls = dict.fromkeys((*_CALLS, 0xFFFFFFFF), 0)
+    for recorder in recorders:
+        for size, count in recorder.batches.items():
+            calls[next(end for end in calls if size <= end)] += count
+    per_call = _shares({str(end): calls[end] for end in _CALLS} | {">=64": calls[0xFFFFFFFF]})
+    return {
+        "iodepth_level": _shares({(">=64" if n == 64 else str(n)): level[n] for n in level}),
+        "iodepth_submit": per_call,
+        "iodepth_complete": per_call,
+    }
+
+
+def _shares(counts: Mapping[str, float]) -> dict[str, float]:
+    """In percent of the sum."""
+    total = sum(counts.values())
+    return {name: count / total * 100 if total else 0.0 for name, count in counts.items()}
 
 
 def _own_fields(options: Options, result: Result) -> dict[str, Any]:

@@ -279,6 +279,63 @@ def test_the_json_reads_like_fios(target):
     assert ios == [128, 128]
 
 
+def fields(value, path=""):
+    """The fields of a JSON object, those of objects in it with their path."""
+    if not isinstance(value, dict) or path.endswith((".percentile", ".bins", ".job options")):
+        return {path: value}
+    found = {}
+    for name, inner in value.items():
+        found |= fields(inner, f"{path}.{name}")
+    return found
+
+
+@needs_fio
+@pytest.mark.parametrize("output_format", ["json", "json+"])
+def test_every_field_of_fios_json_is_there(target, output_format):
+    job = ("--name=a", f"--filename={target}", "--rw=randrw", "--bs=16k")
+    job += (f"--output-format={output_format}", "--size=2m")
+    ours = json.loads(run(*job, "--iodepth=4").stdout)
+    command = ["fio", *job, "--ioengine=libaio", "--direct=1", "--iodepth=4"]
+    theirs = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    assert set(theirs) <= set(ours)
+    expected, found = fields(theirs["jobs"][0]), fields(ours["jobs"][0])
+    missing = {name for name in expected if name not in found}
+    assert missing == set()
+    for name, value in expected.items():
+        kind = (int, float) if isinstance(value, (int, float)) else type(value)
+        assert isinstance(found[name], kind), name
+    assert set(expected[".job options"]) - {"ioengine"} <= set(found[".job options"])
+
+
+@needs_fio
+@pytest.mark.parametrize("extra", [(), ("--compare", "--rounds", 2)])
+def test_fios_own_converter_reads_the_latencies(target, tmp_path, extra):
+    """fio_jsonplus_clat2csv comes with fio: it wants bins that sum up, and checks what it wrote."""
+    converter = shutil.which("fio_jsonplus_clat2csv")
+    python = shutil.which("python3", path="/usr/bin:/bin")
+    if not converter or not python:
+        pytest.skip("fio's converter is not installed")
+    if subprocess.run([python, "-c", "import six"], capture_output=True, check=False).returncode:
+        pytest.skip("fio's converter needs python3-six")
+    report = tmp_path / "report.json"
+    options = ("--filename", target, "--rw", "randrw", "--bs", "4k", "--iodepth", 8)
+    options += ("--output-format", "json+", "--output", report)
+    assert run(*options, *extra).returncode == 0
+    for more in ([], ["--validate"]):
+        command = [python, converter, str(report), str(tmp_path / "latency.csv"), *more]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "mismatch" not in done.stdout
+    jobs = json.loads(report.read_text())["jobs"]
+    assert len(list(tmp_path.glob("latency_job*.csv"))) == len(jobs)
+    for number, job in enumerate(jobs):
+        table = (tmp_path / f"latency_job{number}.csv").read_text().splitlines()
+        titles = [title.strip() for title in table[0].split(",")]
+        for name in ("read", "write"):
+            counts = [row.split(",")[titles.index(f"{name}_clat_ns_count")] for row in table[1:]]
+            assert sum(int(count) for count in counts if count.strip()) == job[name]["total_ios"]
+
+
 def test_the_json_agrees_with_itself(target):
     done = run("--filename", target, "--bs", "4k", "--iodepth", 8, "--output-format", "json+")
     job = json.loads(done.stdout)["jobs"][0]
@@ -291,6 +348,11 @@ def test_the_json_agrees_with_itself(target):
     levels = list(clat["percentile"].values())
     assert levels == sorted(levels)
     assert read["bw_bytes"] == pytest.approx(read["io_bytes"] / read["runtime"] * 1000, rel=0.2)
+    # One at a time until 8 are in flight, in batches of 2.
+    levels = job["iodepth_level"]
+    assert [levels["1"], levels["2"], levels["4"]] == [100 / 512, 200 / 512, 400 / 512]
+    assert levels["8"] == pytest.approx(100 * 505 / 512)
+    assert job["iodepth_submit"]["4"] == job["iodepth_complete"]["4"] == 100
     shares = [share for unit in ("ns", "us", "ms") for share in job[f"latency_{unit}"].values()]
     assert sum(shares) == pytest.approx(100)
 
@@ -450,25 +512,42 @@ def test_failures_are_one_line(tmp_path):
 # ---- beside fio ----------------------------------------------------------------------------------
 
 
+FIO_ENGINES = {"uring": "io_uring", "aio": "libaio", "pylibaio": "libaio", "threads": "psync"}
+
+
 @needs_fio
-@pytest.mark.parametrize("rw", ["read", "randrw", "write"])
-def test_compare(target, rw, engine):
+@pytest.mark.parametrize("rw", list(DIRECTIONS))
+def test_compare(target, rw, job_engine):
     found = run_json(
-        *("--filename", target, "--rw", rw, "--bs", "16k", "--iodepth", 4, "--engine", engine),
-        *("--compare", "--rounds", 2),
+        *("--filename", target, "--rw", rw, "--bs", "16k", "--iodepth", 4, "--engine", job_engine),
+        *("--compare", "--rounds", 1),
     )
-    assert len(found["jobs"]) == len(found["fio"]) == 2
-    # Both did the same work.
-    for name in DIRECTIONS[rw]:
-        assert found["fio"][0][name]["total_ios"] > 0
-    moved = [
-        sum(job[name]["io_bytes"] for name in ("read", "write"))
-        for job in (found["jobs"][0], found["fio"][0])
-    ]
+    assert found["jobs"][0]["dualblade"]["engine"] == job_engine
+    assert f"--ioengine={FIO_ENGINES[job_engine]}" in found["compare"]["command"]
+    # Both did the same work: all of the file once.
+    jobs = [found["jobs"][0], found["fio"][0]]
+    moved = [sum(job[name]["io_bytes"] for name in ("read", "write")) for job in jobs]
     assert moved == [2 << 20, 2 << 20]
-    row = found["compare"]["summary"][f"{DIRECTIONS[rw][0]} MB/s"]
+    summary = found["compare"]["summary"]
+    assert [name for name in ("read", "write") if f"{name} MB/s" in summary] == list(DIRECTIONS[rw])
+    for row in summary.values():
+        assert row["fio"]["min"] <= row["fio"]["median"] <= row["fio"]["max"]
+    row = summary[f"{DIRECTIONS[rw][0]} MB/s"]
     assert row["ratio"] == pytest.approx(row["dualblade"]["median"] / row["fio"]["median"])
-    assert row["fio"]["min"] <= row["fio"]["median"] <= row["fio"]["max"]
+    assert jobs[1]["dualblade"]["start_cpu_seconds"] > 0
+
+
+@needs_fio
+def test_compare_polls_and_registers_on_both_sides(target, engine_refusals):
+    if "uring" in engine_refusals:
+        pytest.skip(engine_refusals["uring"])
+    options = ("--filename", target, "--bs", "64k", "--fixedbufs", "--sqthread-poll")
+    found = run_json(*options, "--compare", "--rounds", 2)
+    assert len(found["jobs"]) == len(found["fio"]) == 2
+    theirs = found["compare"]["command"]
+    assert {"--fixedbufs=1", "--sqthread_poll=1", "--registerfiles"} <= set(theirs)
+    ours = found["jobs"][0]["dualblade"]
+    assert ours["registered_buffer_bytes"] == ours["buffer_bytes"]
 
 
 @needs_fio
