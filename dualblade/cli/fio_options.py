@@ -57,6 +57,9 @@ examples:
                 --time-based --runtime 30 --output-format json --output result.json
   dualblade-fio --filename f --size 256m --rw randwrite --bs 16k --iodepth 16 --verify
   dualblade-fio --filename f --size 4g --rw randread --bs 64k --iodepth 16 --compare --rounds 5
+  dualblade-fio --filename f --size 1g --rw randread --iodepth 64 --engine pylibaio
+  dualblade-fio --filename /dev/nvme1n1 --rw randread --bs 4k --iodepth 16 --runtime 10 \\
+                --time-based --hipri --sqthread-poll --fixedbufs
   dualblade-fio --filename kv.img --workload kv-decode --layers 32 --kv-heads 8 --head-dim 128 \\
                 --tokens 4096 --gen 32 --path dual --memory-limit 1g
   dualblade-fio --filename /dev/nvme1n1 --rw randwrite --bs 4k --runtime 10 --time-based \\
@@ -87,7 +90,7 @@ class Options:
     fixedbufs: bool
     hipri: bool
     sqthread_poll: bool
-    request_bytes: int
+    request_bytes: int | None
     end_fsync: bool
     verify: bool
     randseed: int
@@ -276,7 +279,8 @@ def _add_io(parser: argparse.ArgumentParser) -> None:
         choices=list(ENGINES),
         default="auto",
         metavar="NAME",
-        help="auto, uring, aio or threads; fio's io_uring, libaio and psync mean these too",
+        help="auto, uring, aio or threads; fio's io_uring, libaio and psync mean these too. "
+        "pylibaio: the PyPI package libaio instead of Device",
     )
     add("--iodepth", type=_count, default=1, metavar="N", help="requests in flight of each job")
     add(
@@ -301,9 +305,8 @@ def _add_io(parser: argparse.ArgumentParser) -> None:
     add(
         "--request-bytes",
         type=size,
-        default=REQUEST_BYTES,
         metavar="SIZE",
-        help="where Device splits a larger block; default 256k",
+        help="where Device splits a larger block; default: where it measures that to be best",
     )
     add("--end-fsync", action="store_true", help="flush within the measured time")
     add(
@@ -332,7 +335,12 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
 def _add_compare(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("beside fio")
     add = group.add_argument
-    add("--compare", action="store_true", help="run fio with the same job in turn")
+    add(
+        "--compare",
+        action="store_true",
+        help="run fio with the same job in turn and print medians and their ratio; CPU is that "
+        "of all processes and of the kernel's threads for them, without starting fio",
+    )
     add("--rounds", type=_count, default=5, metavar="N", help="of --compare; default 5")
 
 
@@ -451,12 +459,9 @@ def _check_engine(values: argparse.Namespace) -> None:
 
 
 def _check_depth(values: argparse.Namespace) -> None:
-    if values.request_bytes < REQUEST_BYTES or values.request_bytes & (values.request_bytes - 1):
-        raise ValueError(
-            f"--request-bytes {values.request_bytes} is not a power of two from 256k on"
-        )
-    if values.request_bytes > 1 << 30:
-        raise ValueError(f"--request-bytes {values.request_bytes} is more than 1g")
+    split = values.request_bytes
+    if split is not None and (split < REQUEST_BYTES or split & (split - 1) or split > 1 << 30):
+        raise ValueError(f"--request-bytes {split} is not a power of two from 256k to 1g")
     depth = values.iodepth * values.numjobs
     if depth > DEPTH_MAX:
         raise ValueError(

@@ -11,7 +11,7 @@ import numpy as np
 
 from dualblade import Device
 from dualblade._core import find_signature
-from dualblade.cli.fio_options import DEPTH_MAX, Options
+from dualblade.cli.fio_options import DEPTH_MAX, REQUEST_BYTES, Options
 from dualblade.cli.fio_pylibaio import INSTALL, PylibaioDevice, load
 from dualblade.errors import DeviceRefusedError, DualbladeError, UnsupportedError, device_error
 from dualblade.header import HEADER_BYTES, Header
@@ -165,7 +165,7 @@ def open_device(options: Options, region: Region) -> Device | PylibaioDevice:
 
 
 def _open(options: Options, region: Region, engine: str) -> Device:
-    pieces = -(-options.bs // options.request_bytes)
+    pieces = -(-options.bs // (options.request_bytes or REQUEST_BYTES))
     depth = min(DEPTH_MAX, options.iodepth * options.numjobs * pieces)
     workers = {}
     if engine == "threads" or not options.direct:
@@ -175,7 +175,6 @@ def _open(options: Options, region: Region, engine: str) -> Device:
         engine,
         depth,
         request_bytes=options.request_bytes,
-        staging_bytes=max(8 << 20, options.request_bytes),
         read_only=not options.writes and region.layout_from is None,
         sqpoll=options.sqthread_poll,
         iopoll=options.hipri,

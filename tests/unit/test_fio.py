@@ -132,6 +132,8 @@ def test_registered_buffers_and_large_blocks(target):
         job["dualblade"]["registered_buffer_bytes"] == job["dualblade"]["buffer_bytes"] == 2 << 20
     )
     assert job["read"]["total_ios"] == 2
+    split = run_json("--filename", target, "--request-bytes", "512k", "--bs", "1m")["jobs"][0]
+    assert split["dualblade"]["device"]["direct"]["reads"] == 4
 
 
 def test_the_same_seed_gives_the_same_offsets(target, tmp_path):
@@ -381,9 +383,10 @@ def test_a_plot(target, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_progress_and_ctrl_c(target):
+def test_progress_and_ctrl_c(target, job_engine):
     """It goes on until it is told to stop, and then says what there was."""
     options = ("--filename", target, "--rw", "randread", "--iodepth", "8", "--time-based")
+    options += ("--engine", job_engine)
     options += ("--runtime", "100", "--output-format", "json", "--name", "endless")
     with subprocess.Popen(
         [*COMMAND, *map(str, options)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -420,6 +423,7 @@ def test_help_has_groups_and_examples():
         (["--filename", "x", "--iodepth", "0"], "from 1 on"),
         (["--filename", "x", "--iodepth", "2000", "--numjobs", "3"], "at most 4096"),
         (["--filename", "x", "--iodepth", "2", "--iodepth-batch", "3"], "--iodepth-batch"),
+        (["--filename", "x", "--request-bytes", "384k"], "power of two"),
         (["--filename", "x", "--time-based"], "--runtime"),
         (["--filename", "x", "--runtime", "soon"], "is not a time"),
         (["--filename", "x", "--rwmixread", "101", "--rw", "rw"], "0 to 100"),
@@ -556,6 +560,27 @@ def test_compare_prints_a_table(target):
     assert done.returncode == 0, done.stderr
     assert re.search(r"read MB/s .* \(.* - .*\) .*\d\.\d\d\n", done.stdout)
     assert "CPU-s per GB" in done.stdout
+
+
+@needs_fio
+def test_ctrl_c_ends_a_comparison_with_the_rounds_until_then(target):
+    options = ("--filename", target, "--rw", "randread", "--bs", "4k", "--time-based")
+    options += ("--runtime", "500ms", "--compare", "--rounds", "100")
+    with subprocess.Popen(
+        [*COMMAND, *map(str, options)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a terminal interrupts fio as well
+    ) as process:
+        while "round 2" not in process.stderr.readline():
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in errors
+    assert "interrupted: these are the rounds until then" in output
+    assert re.search(r"read IOPS .* \d\.\d\d\n", output)
 
 
 def test_compare_without_fio_says_how_to_get_it(target):
