@@ -217,13 +217,14 @@ def test_verify_catches_writes_that_the_drive_loses(fault_device):
     assert "is an older one: what this run wrote there is lost" in done.stderr
 
 
-def test_an_error_of_the_drive_ends_the_job(fault_device, job_engine):
+@pytest.mark.parametrize(("rw", "error"), [("read", "EIO"), ("write", "ENOSPC")])
+def test_an_error_of_the_drive_ends_the_job(fault_device, job_engine, rw, error):
     device = fault_device(4 << 20)
-    device.fail_nth("read", "EIO", 20)
-    options = ("--bs", "16k", "--iodepth", 8, "--numjobs", 2, "--engine", job_engine)
+    device.fail_nth(rw, error, 20)
+    options = ("--bs", "16k", "--iodepth", 8, "--numjobs", 2, "--engine", job_engine, "--rw", rw)
     done = run("--filename", device.path, *options)
     assert done.returncode == 1
-    assert "I/O error" in done.stderr
+    assert f"({error})" in done.stderr
     assert "Traceback" not in done.stderr
 
 
