@@ -7,7 +7,6 @@ job's buffers and nothing else.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import os
 import stat
@@ -47,8 +46,7 @@ class Batch:
         self.error: OSError | None = None
 
     def completed(self, block: Any, result: int, _: int) -> None:
-        """What the package calls for each request; a -errno arrives as a C unsigned long."""
-        result = ctypes.c_long(result).value
+        """What the package calls for each request, with the bytes it moved or -errno."""
         self.left -= 1
         self._device.completed(self._operation, result)
         length = len(block.buffer_list[0])
