@@ -45,9 +45,9 @@ class Progress:
             self._status.stop()
 
     def say(self, what: str) -> None:
-        """A line, unless the last one was shown just now."""
+        """What the changing line says now; or a plain line, unless there was one just now."""
         now = time.monotonic()
-        if now - self._shown_at >= LINE_EVERY_S:
+        if self._status is not None or now - self._shown_at >= LINE_EVERY_S:
             self._shown_at = now
             self._show(what)
 
