@@ -704,16 +704,16 @@ def test_a_failed_write_leaves_what_was_stored(
 def test_a_failed_read_is_named_and_not_for_good(fault_device: Callable[..., Any]) -> None:
     device = fault_device()
     with dualblade.open(device.path, format=True, policy="direct") as store:
-        store.put("x", noise(MIB))
+        store.put("x", noise(2 * MIB))
         offset = store.info("x").offset
-        device.add_rule("read", "EIO", lo=offset + CHUNK, hi=offset + CHUNK + 1)
-        with pytest.raises(DeviceError, match=f"at offset {offset + CHUNK} on") as caught:
+        device.add_rule("read", "EIO", lo=offset + MIB, hi=offset + MIB + 1)
+        with pytest.raises(DeviceError, match=f"at offset {offset + MIB} on") as caught:
             store.get("x")
         assert caught.value.errno == errno.EIO
         assert caught.value.__cause__ is not caught.value
         assert len(store.check()) == 1
         device.clear()
-        np.testing.assert_array_equal(store.get("x"), noise(MIB))
+        np.testing.assert_array_equal(store.get("x"), noise(2 * MIB))
         assert store.stats()["corruptions"] == 0
 
 
