@@ -19,39 +19,13 @@ if TYPE_CHECKING:
 TIMEOUT_S = 60  # a hang is a failure
 
 PRELUDE = r"""
-import ctypes, errno, gc, os, platform, resource, struct, sys, warnings
+import gc, os, resource, sys, warnings
 import numpy as np
 import numpy.random
 import dualblade
 from dualblade import _core
 from dualblade.errors import *
-
-SYSCALLS = {
-    "x86_64": {"io_uring_setup": 425, "io_uring_enter": 426, "io_setup": 206,
-               "io_getevents": 208, "io_submit": 209, "seccomp": 317},
-    "aarch64": {"io_uring_setup": 425, "io_uring_enter": 426, "io_setup": 0,
-                "io_getevents": 4, "io_submit": 2, "seccomp": 277},
-}[platform.machine()]
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-class Program(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
-
-
-def forbid(names, name_of_errno="EPERM"):
-    # struct sock_filter: code, jump if true, jump if false, operand. The calls' numbers are at 0.
-    instruction = struct.Struct("=HBBI").pack
-    program = instruction(0x20, 0, 0, 0)
-    for name in names:
-        program += instruction(0x15, 0, 1, SYSCALLS[name])
-        program += instruction(0x06, 0, 0, 0x00050000 | getattr(errno, name_of_errno))
-    program += instruction(0x06, 0, 0, 0x7FFF0000)
-    set_no_new_privs, set_filter, all_threads = 38, 1, 1
-    assert libc.prctl(set_no_new_privs, 1, 0, 0, 0) == 0
-    done = libc.syscall(SYSCALLS["seccomp"], set_filter, all_threads,
-                        ctypes.byref(Program(len(program) // 8, program)))
-    assert done == 0, os.strerror(ctypes.get_errno())
+from tests.seccomp import forbid
 
 
 def become_nobody():
