@@ -12,15 +12,34 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
-from tests.devices import LoopDevice, MemoryCgroup, Target, Unavailable, make_target
+from tests.devices import (
+    Engine,
+    LoopDevice,
+    MemoryCgroup,
+    Target,
+    Unavailable,
+    given_target,
+    make_target,
+    wipe,
+)
 from tests.faultdev import FaultDevice, unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-ENGINES = ("uring", "aio", "threads")
-TARGETS = ("file", "loop512", "loop4096")
+
+
+def axis(name: str, *usual: str) -> tuple[str, ...]:
+    """One axis of the contract suite: the usual cells, or what the environment names instead."""
+    given = os.environ.get(name)
+    return tuple(given.split(",")) if given else usual
+
+
+# Options follow an engine's name: uring-iopoll. A target may also be the path of a block device
+# that is blank, and is again after each test: DUALBLADE_TEST_TARGETS=/dev/nvme1n1
+ENGINES = axis("DUALBLADE_TEST_ENGINES", "uring", "uring-sqpoll", "aio", "threads")
+TARGETS = axis("DUALBLADE_TEST_TARGETS", "file", "loop512", "loop4096")
 TARGET_BYTES = 64 << 20  # sparse
 
 # HYPOTHESIS_PROFILE=thorough looks for longer. Seeds are random and printed on failure.
@@ -55,24 +74,36 @@ def grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
 
 @pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Target]:
-    """A file, a loop device with 512 byte blocks, and one with 4096: 64 MiB of zeros each."""
-    with contextlib.ExitStack() as stack:
-        try:
-            made, loop = make_target(request.param, tmp_path, TARGET_BYTES)
-        except Unavailable as error:
-            pytest.skip(str(error))
-        if loop:
-            stack.callback(loop.close)
+    """A file, a loop device with 512 byte blocks, and one with 4096: 64 MiB of zeros each.
+
+    A device that was named is used as it is, with what size it has.
+    """
+    if request.param.startswith("/"):
+        made = given_target(request.param)
         yield made
+        wipe(made)
+        return
+    try:
+        made, loop = make_target(request.param, tmp_path, TARGET_BYTES)
+    except Unavailable as error:
+        pytest.skip(str(error))
+    yield made
+    if loop:
+        loop.close()
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=dict.fromkeys(Engine(cell).name for cell in ENGINES))
 def engine(request: pytest.FixtureRequest) -> str:
     """The name of each engine that the build and the kernel allow."""
+    return allowed(request).name
+
+
+def allowed(request: pytest.FixtureRequest) -> Engine:
+    """The engine that the parameter names, or the test is skipped with what refuses it."""
     refusal = request.getfixturevalue("engine_refusals").get(request.param)
     if refusal:
         pytest.skip(f"engine {request.param}: {refusal}")
-    return request.param
+    return Engine(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -84,15 +115,17 @@ def engine_refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     path = tmp_path_factory.mktemp("engines") / "probe.img"
     path.write_bytes(bytes(1 << 20))
     refusals = {}
-    for name in ENGINES:
+    for engine in map(Engine, ENGINES):
+        if "iopoll" in engine.options:
+            continue  # this file says nothing about it: it is the device that polls or does not
         try:
-            _core.Device.open(path, engine=name).close()
+            _core.Device.open(path, engine=engine.name, **engine.options).close()
         except UnsupportedError as error:
-            refusals[name] = str(error)
+            refusals[engine.cell] = str(error)
         except DeviceError as error:
             if error.errno not in (errno.EPERM, errno.EACCES, errno.ENOSYS):
                 raise
-            refusals[name] = str(error)
+            refusals[engine.cell] = str(error)
     return refusals
 
 
@@ -170,7 +203,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         row = [counts[name, kind] for kind in TARGETS]
         cells.append([name] + [", ".join(f"{n} {o}" for o, n in c.items()) or "-" for c in row])
     for row in cells:
-        line = f"{row[0]:10}" + "".join(f"{cell:{width}}" for cell in row[1:])
+        line = f"{row[0]:14}" + "".join(f"{cell:{width}}" for cell in row[1:])
         terminalreporter.write_line(line.rstrip())
     for reason in sorted(reasons):
         terminalreporter.write_line(reason)

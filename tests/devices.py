@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -25,7 +27,7 @@ class Target:
     """What a store or device can be opened on. Usable wherever a path is."""
 
     path: str
-    kind: str  # "file", "loop512" or "loop4096"
+    kind: str  # "file", "loop512", "loop4096", or "given": a device that was there before
     size_bytes: int
     lba_bytes: int | None  # logical block of the device; None for a file: its filesystem decides
 
@@ -38,6 +40,22 @@ class Target:
 
     def __str__(self) -> str:
         return self.path
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine and how it is opened: "uring", or with options after it, "uring-sqpoll"."""
+
+    cell: str
+
+    @property
+    def name(self) -> str:
+        return self.cell.partition("-")[0]
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """For Device.open and dualblade.open."""
+        return dict.fromkeys(self.cell.split("-")[1:], True)
 
 
 class LoopDevice:
@@ -93,6 +111,38 @@ def make_target(kind: str, folder: Path, size_bytes: int) -> tuple[Target, LoopD
     block_bytes = int(kind.removeprefix("loop"))
     loop = LoopDevice(folder, size_bytes, block_bytes)
     return Target(loop.path, kind, size_bytes, block_bytes), loop
+
+
+# ---- a device that was there before ------------------------------------------------------------
+
+BLKGETSIZE64, BLKSSZGET, BLKZEROOUT = 0x80081272, 0x1268, 0x127F
+WIPED_BYTES = 64 << 20  # at either end: further in, no test reads what it did not write
+
+
+def given_target(path: str) -> Target:
+    """A block device with nothing on it. Raises Unavailable, for others' data is not ours."""
+    from dualblade import _core
+
+    with open_exclusively(path) as file:
+        (size_bytes,) = struct.unpack("Q", fcntl.ioctl(file, BLKGETSIZE64, bytes(8)))
+        (lba_bytes,) = struct.unpack("i", fcntl.ioctl(file, BLKSSZGET, bytes(4)))
+        if any(file.read(1 << 20)) or _core.find_signature(path):
+            raise Unavailable(f"{path} is not blank; to lose what is on it: blkdiscard -z {path}")
+    return Target(path, "given", size_bytes, lba_bytes)
+
+
+def wipe(target: Target) -> None:
+    """Writes zeros over both ends of a given device, and flushes."""
+    length = min(target.size_bytes, WIPED_BYTES)
+    with open_exclusively(target.path) as file:
+        for start in {0, target.size_bytes - length}:
+            fcntl.ioctl(file, BLKZEROOUT, struct.pack("QQ", start, length))
+        os.fsync(file.fileno())
+
+
+def open_exclusively(path: str) -> Any:
+    """The device as a file. O_EXCL: the kernel refuses it while anybody has it mounted or held."""
+    return open(os.open(path, os.O_RDWR | os.O_EXCL), "r+b", buffering=0)
 
 
 # ---- control groups ------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from dualblade.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from tests.devices import Target
+    from tests.devices import Engine, Target
 
 PATHS = ("direct", "pagecache")
 BLOCK = _core.BLOCK_BYTES
@@ -37,13 +37,13 @@ MIB = 1 << 20
 BLKGETSIZE64, BLKSSZGET = 0x80081272, 0x1268
 
 
-def open_device(target: Target, engine: str, **options: Any) -> _core.Device:
+def open_device(target: Target, engine: Engine, **options: Any) -> _core.Device:
     options = {"chunk_bytes": CHUNK, "request_bytes": CHUNK, "staging_bytes": 4 * CHUNK, **options}
-    return _core.Device.open(target, engine=engine, **options)
+    return _core.Device.open(target, engine=engine.name, **engine.options, **options)
 
 
 @pytest.fixture
-def device(target: Target, engine: str) -> Iterator[_core.Device]:
+def device(target: Target, engine: Engine) -> Iterator[_core.Device]:
     with open_device(target, engine) as opened:
         yield opened
 
@@ -73,9 +73,9 @@ def medium(target: Target, offset: int, size: int) -> bytes:
 # ---- what it is ----------------------------------------------------------------------------------
 
 
-def test_the_geometry_is_the_devices_own(target: Target, engine: str, device: _core.Device):
+def test_the_geometry_is_the_devices_own(target: Target, engine: Engine, device: _core.Device):
     info = device.info
-    assert info.engine == engine
+    assert info.engine == engine.name
     assert info.pagecache_engine == "threads"
     assert info.target == os.fspath(target)
     assert info.block_device == target.is_block_device
@@ -107,12 +107,12 @@ def test_the_alignment_that_is_named_is_used_in_place(device: _core.Device):
         assert device.stats()["direct"]["staged_bytes"] == CHUNK
 
 
-def test_one_opener_at_a_time(target: Target, engine: str, device: _core.Device):
+def test_one_opener_at_a_time(target: Target, engine: Engine, device: _core.Device):
     with pytest.raises(DeviceRefusedError, match=os.path.basename(target.path)):
         open_device(target, engine)
 
 
-def test_it_opens_again_after_close(target: Target, engine: str):
+def test_it_opens_again_after_close(target: Target, engine: Engine):
     for round_ in range(3):
         with open_device(target, engine) as device:
             device.write([(0, bytes([round_]) * BLOCK)]).wait()
@@ -124,7 +124,7 @@ def test_it_opens_again_after_close(target: Target, engine: str):
 
 
 @pytest.mark.parametrize("queue_depth", [1, 7, 256])
-def test_random_runs_come_back_on_either_path(target: Target, engine: str, queue_depth: int):
+def test_random_runs_come_back_on_either_path(target: Target, engine: Engine, queue_depth: int):
     """Random offsets, lengths and alignments; a bytearray is the model of the device."""
     dice = random.Random(queue_depth)
     area = 8 * MIB
@@ -182,7 +182,7 @@ def test_bytes_around_a_read_stay(device: _core.Device, path: str):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("queue_depth", [1, 4])
-def test_a_batch_larger_than_the_queue(target: Target, engine: str, path: str, queue_depth: int):
+def test_a_batch_larger_than_the_queue(target: Target, engine: Engine, path: str, queue_depth: int):
     with open_device(target, engine, queue_depth=queue_depth, staging_bytes=CHUNK) as device:
         data = [noise(3 * CHUNK + i, i) for i in range(40)]
         out = [np.zeros_like(part) for part in data]
@@ -369,7 +369,7 @@ def test_direct_io_leaves_the_page_cache_alone(device: _core.Device):
     assert cached_bytes(device, 0, MIB)[0] == 0
 
 
-def test_a_discard_spares_its_neighbours(device: _core.Device):
+def test_a_discard_spares_its_neighbours(target: Target, device: _core.Device):
     data = noise(3 * MIB, 3)
     for path in PATHS:
         device.write([(0, data)], path=path).wait()
@@ -378,7 +378,8 @@ def test_a_discard_spares_its_neighbours(device: _core.Device):
             got = read(device, 0, data.size, other)
             assert np.array_equal(got[:MIB], data[:MIB])
             assert np.array_equal(got[2 * MIB :], data[2 * MIB :])
-        assert not got[MIB : 2 * MIB].any()  # a hole, in a file or under a loop device
+        if target.kind != "given":
+            assert not got[MIB : 2 * MIB].any()  # a hole, in a file or under a loop device
         device.write([(MIB, data[:MIB])], path=path).wait()
         assert np.array_equal(read(device, MIB, MIB), data[:MIB])
     device.discard(0, 0)
@@ -387,7 +388,7 @@ def test_a_discard_spares_its_neighbours(device: _core.Device):
 # ---- what is refused -----------------------------------------------------------------------------
 
 
-def test_a_read_only_device_reads(target: Target, engine: str):
+def test_a_read_only_device_reads(target: Target, engine: Engine):
     with open_device(target, engine) as device:
         device.write([(0, noise(CHUNK, 1))]).wait()
     with open_device(target, engine, read_only=True) as device:
@@ -436,7 +437,7 @@ def test_direct_offsets_are_whole_blocks(device: _core.Device):
     device.read([(513, out)], path="pagecache").wait()
 
 
-def test_after_close_everything_is_refused(target: Target, engine: str):
+def test_after_close_everything_is_refused(target: Target, engine: Engine):
     device = open_device(target, engine)
     pending = device.read([(0, bytearray(CHUNK))])
     device.close()
@@ -479,7 +480,7 @@ def run_threads(count: int, work: Any) -> None:
 
 
 @pytest.mark.parametrize("queue_depth", [1, 32])
-def test_many_threads_share_a_device(target: Target, engine: str, queue_depth: int):
+def test_many_threads_share_a_device(target: Target, engine: Engine, queue_depth: int):
     with open_device(target, engine, queue_depth=queue_depth, staging_bytes=2 * CHUNK) as device:
 
         def work(number: int) -> None:
@@ -523,6 +524,12 @@ def test_a_batch_outlives_the_thread_that_submitted_it(device: _core.Device):
 def test_a_submitter_that_computes_holds_nobody_up(device: _core.Device):
     """What a thread has submitted completes for others while it computes in C, without the GIL
     and without a system call."""
+    # A busy machine may not let the waiter run in time: then the computation lasts longer.
+    assert any(completes_during(device, rounds) for rounds in (500_000, 5_000_000))
+
+
+def completes_during(device: _core.Device, rounds: int) -> bool:
+    """Whether a read completes before its submitter has made so many rounds of a hash."""
     out = skewed(4 * MIB, 0)
     submitted: list[_core.Completion] = []
     ready, finished = threading.Event(), threading.Event()
@@ -530,7 +537,7 @@ def test_a_submitter_that_computes_holds_nobody_up(device: _core.Device):
     def submit_and_compute() -> None:
         submitted.append(device.read([(0, out)]))
         ready.set()
-        hashlib.pbkdf2_hmac("sha256", b"password", b"salt", 3_000_000)
+        hashlib.pbkdf2_hmac("sha256", b"password", b"salt", rounds)
         finished.set()
 
     thread = threading.Thread(target=submit_and_compute)
@@ -538,7 +545,7 @@ def test_a_submitter_that_computes_holds_nobody_up(device: _core.Device):
     try:
         assert ready.wait(30)
         submitted.pop().wait()
-        assert not finished.is_set()
+        return not finished.is_set()
     finally:
         thread.join()
 
@@ -562,7 +569,7 @@ def test_stats_count_what_moved(device: _core.Device, path: str):
     assert 2 <= stats[path]["submits"] <= 6
 
 
-def test_the_core_counts_what_is_alive(target: Target, engine: str):
+def test_the_core_counts_what_is_alive(target: Target, engine: Engine):
     before = _core.counters()
     device = open_device(target, engine)
     assert _core.counters()["devices"] == before["devices"] + 1

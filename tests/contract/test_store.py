@@ -23,7 +23,7 @@ from dualblade.errors import (
 )
 
 if TYPE_CHECKING:
-    from tests.devices import Target
+    from tests.devices import Engine, Target
 
 PATHS = ("direct", "pagecache")
 POLICIES = ("direct", "pagecache", "dual")
@@ -38,12 +38,12 @@ def state_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def open_store(target: Target, engine: str, **options: Any) -> dualblade.TensorStore:
+def open_store(target: Target, engine: Engine, **options: Any) -> dualblade.TensorStore:
     options = {"policy": "dual", "memory": "16MiB", **options}
-    return dualblade.open(target, engine=engine, **options)
+    return dualblade.open(target, engine=engine.name, **engine.options, **options)
 
 
-def format_store(target: Target, engine: str, **options: Any) -> dualblade.TensorStore:
+def format_store(target: Target, engine: Engine, **options: Any) -> dualblade.TensorStore:
     return open_store(target, engine, format=True, **options)
 
 
@@ -60,18 +60,18 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 # ---- opening -------------------------------------------------------------------------------------
 
 
-def test_a_device_that_holds_no_store_is_refused(target: Target, engine: str):
+def test_a_device_that_holds_no_store_is_refused(target: Target, engine: Engine):
     with open(target, "rb") as file:
-        before = file.read()
+        before = file.read(64 * MIB)
     with pytest.raises(DeviceRefusedError, match="format"):
         open_store(target, engine)
     with open(target, "rb") as file:
-        assert file.read() == before
+        assert file.read(64 * MIB) == before
 
 
-def test_a_formatted_device_is_opened_as_it_is(target: Target, engine: str, state_directory: Path):
+def test_a_formatted_device_is_opened_as_it_is(target: Target, engine: Engine, state_directory: Path):
     with format_store(target, engine) as store:
-        assert store.stats()["engine"] == engine
+        assert store.stats()["engine"] == engine.name
         assert store.stats()["fallbacks"] == []
         assert store.keys() == []
         store.put("a", np.arange(10))
@@ -84,7 +84,7 @@ def test_a_formatted_device_is_opened_as_it_is(target: Target, engine: str, stat
         assert all(path.stat().st_mode & 0o077 == 0 for path in state_directory.iterdir())
 
 
-def test_a_store_has_one_process_and_one_opener(target: Target, engine: str):
+def test_a_store_has_one_process_and_one_opener(target: Target, engine: Engine):
     with format_store(target, engine) as store:
         store.put("a", np.arange(10))
         with pytest.raises(DeviceRefusedError):
@@ -98,7 +98,7 @@ def test_a_store_has_one_process_and_one_opener(target: Target, engine: str):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_arrays_come_back_as_they_went(target: Target, engine: str, policy: str):
+def test_arrays_come_back_as_they_went(target: Target, engine: Engine, policy: str):
     arrays = {
         "scalar": np.array(3.5),
         "empty": np.empty((0, 4), np.float32),
@@ -130,7 +130,7 @@ def test_arrays_come_back_as_they_went(target: Target, engine: str, policy: str)
 
 
 @pytest.mark.parametrize("verify", ["always", "never"])
-def test_rows_of_a_tensor(target: Target, engine: str, verify: str):
+def test_rows_of_a_tensor(target: Target, engine: Engine, verify: str):
     rows = noise((3000, 3, 37), np.float16, 1)
     with format_store(target, engine, verify=verify) as store:
         store.put("t", rows)
@@ -142,7 +142,7 @@ def test_rows_of_a_tensor(target: Target, engine: str, verify: str):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_rows_are_appended_and_cut(target: Target, engine: str, policy: str):
+def test_rows_are_appended_and_cut(target: Target, engine: Engine, policy: str):
     """numpy's concatenation is the model; rows smaller and larger than a block."""
     dice = random.Random(5)
     for width in (3, 1000, 9001):
@@ -175,7 +175,7 @@ def test_rows_are_appended_and_cut(target: Target, engine: str, policy: str):
             assert store.info("t").capacity == (500, width)
 
 
-def test_overwriting_and_deleting_give_the_room_back(target: Target, engine: str):
+def test_overwriting_and_deleting_give_the_room_back(target: Target, engine: Engine):
     with format_store(target, engine) as store:
         free = store.stats()["free_bytes"]
         for size in (1, 5000, 3 * MIB, 100):
@@ -190,7 +190,9 @@ def test_overwriting_and_deleting_give_the_room_back(target: Target, engine: str
         assert store.stats()["free_bytes"] == free
 
 
-def test_a_full_store_goes_on(target: Target, engine: str):
+def test_a_full_store_goes_on(target: Target, engine: Engine):
+    if target.size_bytes > 1 << 30:
+        pytest.skip(f"{target} is too large to be filled")
     with format_store(target, engine) as store:
         kept = noise((20 * MIB,), np.uint8, 1)
         store.put("kept", kept)
@@ -211,7 +213,7 @@ def test_a_full_store_goes_on(target: Target, engine: str):
 # ---- the two paths -------------------------------------------------------------------------------
 
 
-def test_a_group_changes_path_and_keeps_its_place(target: Target, engine: str):
+def test_a_group_changes_path_and_keeps_its_place(target: Target, engine: Engine):
     data = noise((5 * MIB,), np.uint8, 1)
     with format_store(target, engine, policy="dual", memory="16MiB") as store:
         store.put("a", data, group="g")
@@ -236,7 +238,7 @@ def test_a_group_changes_path_and_keeps_its_place(target: Target, engine: str):
         assert store.check() == []
 
 
-def test_only_what_fits_the_budget_is_page_cached(target: Target, engine: str):
+def test_only_what_fits_the_budget_is_page_cached(target: Target, engine: Engine):
     with format_store(target, engine, policy="dual", memory="16MiB") as store:
         for i in range(8):
             store.put(f"t{i}", noise((4 * MIB,), np.uint8, i))
@@ -255,7 +257,7 @@ def test_only_what_fits_the_budget_is_page_cached(target: Target, engine: str):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_a_damaged_tensor_is_never_returned(target: Target, engine: str, path: str):
+def test_a_damaged_tensor_is_never_returned(target: Target, engine: Engine, path: str):
     data = noise((MIB,), np.uint8, 1)
     with format_store(target, engine, policy=path) as store:
         store.put("good", data)
@@ -284,7 +286,7 @@ def test_a_damaged_tensor_is_never_returned(target: Target, engine: str, path: s
 # ---- at once -------------------------------------------------------------------------------------
 
 
-def test_tickets(target: Target, engine: str):
+def test_tickets(target: Target, engine: Engine):
     with format_store(target, engine) as store:
         data = [noise((300_000 + i,), np.uint8, i) for i in range(20)]
         tickets = [store.put_async(f"t{i}", array) for i, array in enumerate(data)]
@@ -296,7 +298,7 @@ def test_tickets(target: Target, engine: str):
         assert same(store.get("forgotten"), data[0])
 
 
-def test_threads_and_close(target: Target, engine: str):
+def test_threads_and_close(target: Target, engine: Engine):
     """Threads put, append, get and delete until the store is closed under them."""
     with format_store(target, engine, policy="dual", memory="16MiB") as store:
         errors: list[BaseException] = []
