@@ -31,7 +31,7 @@ const struct db_engine_ops db_engine_uring = {.name = "uring", .open = uring_ope
 #include <time.h>
 #include <unistd.h>
 
-enum { RETRY_NS = 1000000 };
+enum { RETRY_NS = 1000000, GIVEN_BACK_NS = 200000000 };
 
 struct db_engine {
     struct io_uring ring;
@@ -87,6 +87,20 @@ static int try_noop(struct io_uring *ring)
     return rc;
 }
 
+/* Some kernels count a ring against RLIMIT_MEMLOCK, and what a closed one took they give back some
+ * tens of milliseconds later: who reopens a device must not be refused for that. */
+static int make_ring(struct io_uring *ring, uint32_t entries, struct io_uring_params *params)
+{
+    int64_t deadline_ns = db_deadline_ns(GIVEN_BACK_NS);
+    int rc;
+    while ((rc = io_uring_queue_init_params(entries, ring, params)) == -ENOMEM &&
+           db_now_ns() < deadline_ns) {
+        struct timespec pause = {0, RETRY_NS};
+        nanosleep(&pause, NULL);
+    }
+    return rc;
+}
+
 static int uring_open(const struct db_engine_config *config, struct db_engine **out)
 {
     struct db_engine *engine = calloc(1, sizeof(*engine));
@@ -100,7 +114,7 @@ static int uring_open(const struct db_engine_config *config, struct db_engine **
     /* The kernel's thread gives entries back a batch at a time, after the first of the batch may
      * have completed: with twice as many as requests there is always one free. */
     uint32_t entries = config->sqpoll ? 2 * config->depth : config->depth;
-    int rc = io_uring_queue_init_params(entries, &engine->ring, &params);
+    int rc = make_ring(&engine->ring, entries, &params);
     if (rc) { /* EPERM, ENOSYS: forbidden here; ENOMEM: RLIMIT_MEMLOCK; EINVAL: an old kernel */
         free(engine);
         return rc;

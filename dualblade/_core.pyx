@@ -665,7 +665,10 @@ cdef int _raise_open_error(int error, str target, str engine,
             f"(queue_depth {options.queue_depth}, request_bytes {options.request_bytes})"
         )
     if error == ENOMEM:
-        raise MemoryError(f"not enough memory for the queues of {target}")
+        raise MemoryError(
+            f"not enough memory for the queues of {target}; io_uring's rings may have to fit into "
+            "what may be locked (ulimit -l), those of the other engines don't"
+        )
     raise device_error(error, device=target, operation="open")
 
 
