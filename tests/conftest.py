@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-
 def axis(name: str, *usual: str) -> tuple[str, ...]:
     """One axis of the contract suite: the usual cells, or what the environment names instead."""
     given = os.environ.get(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import hashlib
@@ -10,6 +11,7 @@ import random
 import struct
 import threading
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,6 +98,22 @@ def test_the_geometry_is_the_devices_own(target: Target, engine: Engine, device:
     assert BLOCK % info.memory_align == 0
     assert info.max_transfer >= BLOCK
     assert info.discard
+
+
+def test_a_kernel_thread_submits_only_where_it_is_asked_for(target: Target, engine: Engine):
+    before = kernel_threads()  # one ends some time after its device is closed
+    with open_device(target, engine):
+        assert bool(kernel_threads() - before) == engine.options.get("sqpoll", False)
+
+
+def kernel_threads() -> set[str]:
+    """Those that poll a submission queue of this process: their ids."""
+    found = set()
+    for name in Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if name.read_text().startswith("iou-sqp"):
+                found.add(name.parent.name)
+    return found
 
 
 def test_the_alignment_that_is_named_is_used_in_place(device: _core.Device):

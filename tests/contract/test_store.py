@@ -69,7 +69,9 @@ def test_a_device_that_holds_no_store_is_refused(target: Target, engine: Engine)
         assert file.read(64 * MIB) == before
 
 
-def test_a_formatted_device_is_opened_as_it_is(target: Target, engine: Engine, state_directory: Path):
+def test_a_formatted_device_is_opened_as_it_is(
+    target: Target, engine: Engine, state_directory: Path
+):
     with format_store(target, engine) as store:
         assert store.stats()["engine"] == engine.name
         assert store.stats()["fallbacks"] == []
