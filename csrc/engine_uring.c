@@ -31,7 +31,11 @@ const struct db_engine_ops db_engine_uring = {.name = "uring", .open = uring_ope
 #include <time.h>
 #include <unistd.h>
 
-enum { RETRY_NS = 1000000, GIVEN_BACK_NS = 200000000 };
+enum {
+    RETRY_NS = 1000000,
+    GIVEN_BACK_NS = 200000000,
+    KERNEL_THREAD_IDLE_MS = 20, /* it spins for so long before it sleeps; by itself for a second */
+};
 
 struct db_engine {
     struct io_uring ring;
@@ -106,7 +110,8 @@ static int uring_open(const struct db_engine_config *config, struct db_engine **
     struct db_engine *engine = calloc(1, sizeof(*engine));
     if (!engine)
         return -ENOMEM;
-    struct io_uring_params params = {.flags = IORING_SETUP_CLAMP};
+    struct io_uring_params params = {.flags = IORING_SETUP_CLAMP,
+                                     .sq_thread_idle = KERNEL_THREAD_IDLE_MS};
     if (config->sqpoll)
         params.flags |= IORING_SETUP_SQPOLL;
     if (config->iopoll)

@@ -594,6 +594,16 @@ int db_queue_unregister(struct db_queue *queue, void *memory, uint64_t length)
     return slot == DB_REGION_NONE ? -ENOENT : 0;
 }
 
+/* As much of it as RLIMIT_MEMLOCK allows. With the rest each request looks its pages up: slower, no
+ * less. */
+static void register_staging(struct db_queue *queue)
+{
+    uint64_t length = queue->staging_length;
+    while (length >= queue->slot_bytes &&
+           db_queue_register(queue, queue->staging, length) == -ENOMEM)
+        length /= 2;
+}
+
 static void free_pool(struct db_queue *queue)
 {
     if (queue->staging)
@@ -642,8 +652,8 @@ int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
         free_pool(queue);
         return rc;
     }
-    if (queue->staging) /* Where it can't be, each request looks its pages up: slower, no less. */
-        (void)db_queue_register(queue, queue->staging, queue->staging_length);
+    if (queue->staging)
+        register_staging(queue);
     *out = queue;
     return 0;
 }

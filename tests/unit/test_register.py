@@ -143,3 +143,24 @@ def test_the_limit_on_locked_memory_is_no_obstacle(target):
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) in (0, (64 << 20) + 65536)  # 0 where the limit is below 64 MiB
+
+
+def test_as_much_of_the_staging_as_may_be_locked_is_registered(tmp_path):
+    image = tmp_path / "device.img"
+    image.write_bytes(bytes(MIB))
+    probe = (
+        "import sys, dualblade\n"
+        "with dualblade.Device.open(sys.argv[1], engine='uring', staging_bytes=8 << 20) as device:\n"
+        "    print(device.stats()['direct']['registered_bytes'])"
+    )
+    unprivileged = ["setpriv", "--bounding-set", "-ipc_lock", "--inh-caps", "-ipc_lock"]
+    limit = f"--memlock={8 << 20}:{8 << 20}"
+    done = subprocess.run(
+        [*unprivileged, "prlimit", limit, sys.executable, "-c", probe, str(image)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    assert int(done.stdout) in (4 << 20, 8 << 20)  # some kernels count the ring too
