@@ -150,7 +150,7 @@ def test_as_much_of_the_staging_as_may_be_locked_is_registered(tmp_path):
     image.write_bytes(bytes(MIB))
     probe = (
         "import sys, dualblade\n"
-        "with dualblade.Device.open(sys.argv[1], engine='uring', staging_bytes=8 << 20) as device:\n"
+        "with dualblade.Device.open(sys.argv[1], 'uring', staging_bytes=8 << 20) as device:\n"
         "    print(device.stats()['direct']['registered_bytes'])"
     )
     unprivileged = ["setpriv", "--bounding-set", "-ipc_lock", "--inh-caps", "-ipc_lock"]
