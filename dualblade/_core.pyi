@@ -58,14 +58,14 @@ class Device:
         requests: Iterable[tuple[int, BufferProtocol]],
         *,
         path: Path = "direct",
-        checksums: Sequence[np.ndarray | None] | None = None,
+        checksums: Sequence[np.ndarray | None] | BufferProtocol | None = None,
     ) -> Completion: ...
     def write(
         self,
         requests: Iterable[tuple[int, BufferProtocol]],
         *,
         path: Path = "direct",
-        checksums: Sequence[np.ndarray | None] | None = None,
+        checksums: Sequence[np.ndarray | None] | BufferProtocol | None = None,
     ) -> Completion: ...
     def register(self, buffers: Iterable[BufferProtocol]) -> int:
         """Registers memory for direct I/O; returns how many bytes of it could be."""

@@ -29,6 +29,7 @@ from cpython.buffer cimport (
 )
 from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.long cimport PyLong_AsLongLongAndOverflow
 from cpython.number cimport PyNumber_Index
 from libc.errno cimport (
     EBADF,
@@ -101,18 +102,19 @@ cdef str _named(str name, Py_ssize_t index):
 
 cdef int64_t _bytes(object value, str name, Py_ssize_t index=-1) except -1:
     """A number of bytes, from 0 to 2**63 - 1."""
+    cdef int overflow = 0
+    cdef int64_t number
     try:
-        number = PyNumber_Index(value)
+        value = PyNumber_Index(value)
     except TypeError:
         raise TypeError(
             f"{_named(name, index)} must be a whole number of bytes, not {type(value).__name__}"
         ) from None
-    if number < 0:
-        raise ValueError(f"{_named(name, index)} must not be negative, got {number}")
-    if number > 0x7FFFFFFFFFFFFFFF:
-        raise ValueError(
-            f"{_named(name, index)} of {number} bytes is more than any device has"
-        )
+    number = PyLong_AsLongLongAndOverflow(value, &overflow)
+    if overflow > 0:
+        raise ValueError(f"{_named(name, index)} of {value} bytes is more than any device has")
+    if overflow < 0 or number < 0:
+        raise ValueError(f"{_named(name, index)} must not be negative, got {value}")
     return number
 
 
@@ -308,8 +310,11 @@ cdef class Device:
         """Starts reading; requests are pairs (offset, writable memory).
 
         path "direct" needs offsets that are multiples of 4096; memory may lie anywhere and have
-        any length. checksums: one uint64 array or None a request, compared as the bytes arrive;
-        one element for each chunk_bytes. Zero-length requests are skipped.
+        any length. Zero-length requests are skipped.
+
+        checksums are compared as the bytes arrive, one uint64 for each chunk_bytes of a request:
+        a list with an array or None for each request, or one array, or bytes, with those of all
+        requests one after another.
 
         Raises before anything is started: ValueError for ranges outside the device and memory
         that can't be used, AlignmentError, ClosedError. Completion.wait() raises the rest."""
@@ -325,20 +330,12 @@ cdef class Device:
     cdef Completion _start(self, db_direction direction, object requests, object path,
                            object checksums):
         cdef Completion done = Completion.__new__(Completion)
-        cdef list items
-        cdef list arrays = None
         cdef int rc
         self._check_open()
         done.device = self
         done.batch.path = _path(path)
         done.batch.direction = direction
-        items = list(requests)
-        if checksums is not None:
-            arrays = list(checksums)
-            if len(arrays) != len(items):
-                raise ValueError(f"{len(arrays)} checksums for {len(items)} requests: "
-                                 "give one array or None for each")
-        done._prepare(items, arrays)
+        done._prepare(list(requests), checksums)
         if done.batch.io_count == 0:
             done.state = FINISHED
             done._release_views()

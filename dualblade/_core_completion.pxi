@@ -120,58 +120,86 @@ cdef class Completion:
             self.view_count -= 1
             PyBuffer_Release(&self.views[self.view_count])
 
-    cdef int _prepare(self, list requests, list checksums) except -1:
+    cdef int _prepare(self, list requests, object checksums) except -1:
         cdef Py_ssize_t count = len(requests)
         cdef Py_ssize_t i
+        cdef list each = None
+        cdef db_io *io
         if count > 0x7FFFFFFF:
             raise ValueError(f"a batch of {count} requests is too large")
+        if isinstance(checksums, (list, tuple)):
+            each = list(checksums)
+            if len(each) != count:
+                raise ValueError(f"{len(each)} checksums for {count} requests: "
+                                 "give one array or None for each")
         self.batch.ios = <db_io *>calloc(count + 1, sizeof(db_io))
         self.views = <Py_buffer *>calloc(2 * count + 1, sizeof(Py_buffer))
         if self.batch.ios == NULL or self.views == NULL:
             raise MemoryError()
         for i in range(count):
-            self._prepare_one(i, requests[i], checksums[i] if checksums is not None else None)
+            io = self._prepare_one(i, requests[i])
+            if each is not None and each[i] is not None and io.length:
+                io.checksums = self._checksums(i, each[i], self._chunks(io))
+            if io.length:
+                self.batch.io_count += 1
+        if checksums is not None and each is None:
+            self._share_checksums(checksums)
         return 0
 
-    cdef int _prepare_one(self, Py_ssize_t i, object request, object checksums) except -1:
+    cdef db_io *_prepare_one(self, Py_ssize_t i, object request) except NULL:
+        """Fills in the next io, which counts only if it has a length."""
         if not isinstance(request, (tuple, list)) or len(request) != 2:
             raise TypeError(f"request {i} must be a pair (offset, buffer), got {request!r}")
         cdef int64_t offset = _bytes(request[0], "offset of request", i)
         cdef bint reads = self.batch.direction == DB_READ
         cdef Py_buffer *view = &self.views[self.view_count]
+        cdef db_io *io = &self.batch.ios[self.batch.io_count]
         _export(request[1], view, PyBUF_WRITABLE if reads else PyBUF_SIMPLE, "buffer of request", i)
         self.view_count += 1
-        if view.len == 0:
-            return 0
-        if self.batch.path == DB_PATH_DIRECT and offset % DB_BLOCK_BYTES:
+        if view.len and self.batch.path == DB_PATH_DIRECT and offset % DB_BLOCK_BYTES:
             raise AlignmentError(
                 f"offset {offset} of request {i} is not a multiple of {DB_BLOCK_BYTES}: "
                 'align it, or use path="pagecache"'
             )
-        cdef db_io *io = &self.batch.ios[self.batch.io_count]
-        self.batch.io_count += 1
         io.offset = offset
         io.buffer = view.buf
         io.length = view.len
-        if checksums is not None:
-            io.checksums = self._checksums(i, checksums, view.len, not reads)
+        return io
+
+    cdef uint64_t _chunks(self, const db_io *io) noexcept:
+        return (io.length + self.device.chunk_bytes - 1) // self.device.chunk_bytes
+
+    cdef int _share_checksums(self, object checksums) except -1:
+        """Gives each io its part of one array."""
+        cdef uint32_t i
+        cdef uint64_t count = 0
+        for i in range(self.batch.io_count):
+            count += self._chunks(&self.batch.ios[i])
+        if count == 0:
+            return 0  # nothing has a length, and what has none may lie anywhere
+        cdef uint64_t *part = self._checksums(-1, checksums, count)
+        for i in range(self.batch.io_count):
+            self.batch.ios[i].checksums = part
+            part += self._chunks(&self.batch.ios[i])
         return 0
 
-    cdef uint64_t *_checksums(self, Py_ssize_t i, object array, Py_ssize_t length,
-                              bint filled_in) except NULL:
+    cdef uint64_t *_checksums(self, Py_ssize_t i, object array, uint64_t count) except NULL:
+        """The memory of an array of so many checksums, of request i or with -1 of all."""
         cdef Py_buffer *view = &self.views[self.view_count]
-        cdef uint32_t chunk_bytes = self.device.chunk_bytes
-        cdef Py_ssize_t count = (length + chunk_bytes - 1) // chunk_bytes
+        cdef bint filled_in = self.batch.direction == DB_WRITE
+        cdef str name = "checksums" if i < 0 else "checksums of request"
         _export(array, view, PyBUF_FORMAT | (PyBUF_WRITABLE if filled_in else PyBUF_SIMPLE),
-                "checksums of request", i)
+                name, i)
         self.view_count += 1
-        if (view.itemsize != 8 or view.format == NULL or <uintptr_t>view.buf % 8
-                or (strcmp(view.format, b"L") and strcmp(view.format, b"Q"))):
-            raise ValueError(f"checksums of request {i} must be an array of uint64")
-        if view.len != count * 8:
+        cdef bint words = view.format != NULL and view.itemsize == 8 and (
+            not strcmp(view.format, b"L") or not strcmp(view.format, b"Q"))
+        cdef bint octets = view.format != NULL and i < 0 and not strcmp(view.format, b"B")
+        if not (words or octets) or <uintptr_t>view.buf % 8:
+            raise ValueError(f"{_named(name, i)} must be an array of uint64")
+        if <uint64_t>view.len != count * 8:
             raise ValueError(
-                f"checksums of request {i}: {view.len // 8} given, but {length} bytes in chunks "
-                f"of {chunk_bytes} have {count}"
+                f"{_named(name, i)}: {view.len // 8} given, but the bytes in chunks of "
+                f"{self.device.chunk_bytes} have {count}"
             )
         return <uint64_t *>view.buf
 

@@ -225,6 +225,34 @@ def test_wrong_checksum_arrays(device: _core.Device, sums: object) -> None:
         device.read([(0, bytearray(1))], checksums=[None, None])
 
 
+@pytest.mark.parametrize("make", [bytearray, lambda size: np.zeros(size // 8, np.uint64)])
+@pytest.mark.parametrize("path", PATHS)
+def test_checksums_of_all_requests_in_one_array(
+    device: _core.Device, path: str, make: Callable[[int], object]
+) -> None:
+    parts = [noise(size) for size in (CHUNK + 1, 0, 3, 2 * CHUNK)]
+    sums = make(8 * 5)
+    writes = [(i * MIB, part) for i, part in enumerate(parts)]
+    device.write(writes, path=path, checksums=sums).wait()
+    expected = [_core.checksum(part[i : i + CHUNK]) for part in parts
+                for i in range(0, len(part), CHUNK)]  # fmt: skip
+    assert np.frombuffer(sums, np.uint64).tolist() == expected
+    back = [(i * MIB, np.zeros_like(part)) for i, part in enumerate(parts)]
+    device.read(back, path=path, checksums=bytes(sums)).wait()
+    for (_, found), part in zip(back, parts, strict=True):
+        np.testing.assert_array_equal(found, part)
+    wrong = np.frombuffer(sums, np.uint64).copy()
+    wrong[3] += 1  # of the second chunk that the last request has
+    with pytest.raises(CorruptionError, match=f"at byte {3 * MIB} of"):
+        device.read(back, path=path, checksums=wrong).wait()
+    with pytest.raises(ValueError, match="checksums: 4 given, but .* have 5"):
+        device.read(back, path=path, checksums=bytes(32))
+    with pytest.raises(ValueError, match="checksums must be an array of uint64"):
+        device.read(back, path=path, checksums=np.zeros(5))
+    with pytest.raises(ValueError, match="checksums must be writable"):
+        device.write(writes, path=path, checksums=bytes(40))
+
+
 # ---- bad arguments -------------------------------------------------------------------------------
 
 
