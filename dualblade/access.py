@@ -11,6 +11,7 @@ has waited for still holds its entries, so whoever must wait for a hold settles 
 from __future__ import annotations
 
 import functools
+import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from dualblade.errors import ClosedError
 from dualblade.index import Index
 from dualblade.residency import Residency
 from dualblade.ticket import Ticket
+
+IS_EXCLUSIVE = operator.attrgetter("is_exclusive")
 
 
 class _Here(threading.local):
@@ -59,7 +62,7 @@ class EntryAccess:
         self._closer = 0
         self._active = 0
         self._tickets: dict[Ticket, None] = {}
-        self._pending: dict[str, dict[Ticket, None]] = {}
+        self._pending: dict[str, tuple[Ticket, ...]] = {}
         """Puts under way, by key: whatever is done with the key next waits for them."""
         self._waiting: dict[object, list[str]] = {}
         """Who waits for which keys, the first one first."""
@@ -110,12 +113,17 @@ class EntryAccess:
         while True:
             with self._lock:
                 self._check_open()
-                tickets = [ticket for key in keys for ticket in self._pending.get(key, ())]
+                tickets = self._puts_of(keys)
                 if not tickets:
                     yield
                     return
             for ticket in tickets:
                 ticket.settle()
+
+    def _puts_of(self, keys: Iterable[str]) -> list[Ticket]:
+        if not self._pending:
+            return []
+        return [ticket for key in keys for ticket in self._pending.get(key, ())]
 
     @contextmanager
     def _operation(self, keys: Iterable[str]) -> Iterator[None]:
@@ -147,7 +155,7 @@ class EntryAccess:
         with self._lock:
             self._changed.notify_all()
             for key in writes:
-                self._pending.setdefault(key, {})[ticket] = None
+                self._pending[key] = (*self._pending.get(key, ()), ticket)
             self._tickets[ticket] = None
         self._settle_done(ticket)
 
@@ -155,10 +163,9 @@ class EntryAccess:
         with self._lock:
             self._tickets.pop(ticket, None)
             for key in writes:
-                tickets = self._pending.get(key, {})
-                tickets.pop(ticket, None)
-                if not tickets:
-                    self._pending.pop(key, None)
+                tickets = self._pending.pop(key, ())
+                if len(tickets) > 1:
+                    self._pending[key] = tuple(each for each in tickets if each is not ticket)
             self._leave()
 
     def _goes_on(self, ticket: Ticket) -> bool:
@@ -196,8 +203,8 @@ class EntryAccess:
         me = object()
         try:
             while True:
-                entries = [self._index.find(key) for key in keys]
-                taken = any(is_taken(entry) for entry in entries)
+                entries = self._index.find_all(keys)
+                taken = any(map(is_taken, entries))
                 if not taken and not (in_turn and self._is_behind(me, keys)):
                     return entries
                 self._waiting.setdefault(me, keys)
@@ -217,15 +224,14 @@ class EntryAccess:
 
     def _release(self, entries: Iterable[Entry]) -> None:
         with self._lock:
-            for entry in entries:
-                self._index.release(entry, self._residency)
+            self._index.release(entries, self._residency)
             self._changed.notify_all()
 
     @contextmanager
     def _shared(self, key: str) -> Iterator[Entry]:
         with self._inside():
             with self._starting([key]):
-                (entry,) = self._wait_for([key], lambda entry: entry.is_exclusive)
+                (entry,) = self._wait_for([key], IS_EXCLUSIVE)
                 entry.users += 1
             try:
                 yield entry
@@ -257,7 +263,7 @@ class EntryAccess:
         with self._inside():
             keys = list(dict.fromkeys(keys))
             with self._starting(keys):
-                entries = self._wait_for(keys, lambda entry: entry.is_exclusive, in_turn=True)
+                entries = self._wait_for(keys, IS_EXCLUSIVE, in_turn=True)
                 for entry in entries:
                     entry.users += 1
                     entry.is_exclusive = True  # from here on nobody else begins
@@ -287,12 +293,13 @@ def rows_of(entries: Iterable[Entry], rows: Mapping[str, Any]) -> list[tensor.Te
     """The rows to be appended to each entry, as bytes. ValueError, TypeError if they don't fit."""
     parts = []
     for entry in entries:
-        if not entry.capacity:
+        layout = entry.layout
+        if not layout.shape:
             raise ValueError(f"{entry.key!r} has no axis to append along")
-        part = tensor.as_rows(rows[entry.key], entry.capacity[1:], entry.dtype)
-        if entry.rows + part.shape[0] > entry.capacity[0]:
+        part = tensor.as_rows(rows[entry.key], layout.shape[1:], layout.dtype)
+        if entry.rows + part.shape[0] > layout.rows:
             raise ValueError(
-                f"{entry.key!r} has {entry.rows} of {entry.capacity[0]} rows: there is no room for "
+                f"{entry.key!r} has {entry.rows} of {layout.rows} rows: there is no room for "
                 f"{part.shape[0]} more; resize it first"
             )
         parts.append(part)

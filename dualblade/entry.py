@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from dualblade import _core, tensor
 
 BLOCK_BYTES = _core.BLOCK_BYTES
+CHECKSUM_BYTES = 8
 
 
 def round_up(value: int, unit: int) -> int:
@@ -34,144 +35,175 @@ class TensorInfo(NamedTuple):
     extent_bytes: int
 
 
-@dataclass(eq=False)
+class Layout(NamedTuple):
+    """What the tensors of one shape and dtype have in common."""
+
+    shape: tuple[int, ...]
+    """The capacity: of a tensor that grows, rows that hold no data yet included."""
+    dtype: str
+    """A dtype tag."""
+    rows: int
+    """Rows that there is room for; a tensor without axes is one."""
+    row_bytes: int
+    nbytes: int
+    extent_bytes: int
+    chunk_bytes: int
+    """What one checksum covers."""
+    checksums_bytes: int
+    """Of all checksums of a tensor that is full."""
+
+
+@functools.lru_cache(maxsize=1024)
+def layout_of(shape: tuple[int, ...], dtype: str, chunk_bytes: int) -> Layout:
+    """The layout of tensors of this shape and dtype tag; those of a store share a few of them."""
+    rows = shape[0] if shape else 1
+    row_bytes = math.prod(shape[1:]) * tensor.itemsize(dtype)
+    nbytes = rows * row_bytes
+    extent_bytes = round_up(nbytes, BLOCK_BYTES)
+    checksums_bytes = round_up(nbytes, chunk_bytes) // chunk_bytes * CHECKSUM_BYTES
+    return Layout(shape, dtype, rows, row_bytes, nbytes, extent_bytes, chunk_bytes, checksums_bytes)
+
+
 class Entry:
     """A tensor of the store, as what is on the device and what is held back in memory.
 
-    Its bytes [0, stored) are on the device, covered by `checksums`, one for each chunk of them; the
-    bytes after these, fewer than a block, are in `held`. A reader that has taken `rows`, `stored`,
-    `held` and a copy of its checksums under the store's lock needs nothing more of the entry, so
-    rows can be appended while it reads.
+    Its bytes [0, stored) are on the device, covered by `checksums`; the bytes after these, fewer
+    than a block, are in `held`. A reader that has taken `rows`, `stored`, `held` and a copy of its
+    checksums under the store's lock needs nothing more of the entry, so rows can be appended while
+    it reads. Of an entry without room for more rows it need not even copy.
     """
 
-    key: str
-    dtype: str
-    capacity: tuple[int, ...]
-    offset: int
-    extent_bytes: int
-    group: str
-    chunk_bytes: int
-    rows: int
-    stored: int
-    checksums: np.ndarray[Any, Any]
-    held: bytes = b""
-    tail: _core.Tail | None = None
-    """Where appends go on; None until the next one rebuilds it."""
-    users: int = 0
-    """Operations that are under way on this entry; its extent lives until there are none."""
-    is_appending: bool = False
-    is_exclusive: bool = False
-    is_dead: bool = False
-    """Deleted or replaced: the last user frees the extent."""
-    row_bytes: int = field(init=False)
+    __slots__ = (
+        "checksums",
+        "group",
+        "held",
+        "is_appending",
+        "is_dead",
+        "is_exclusive",
+        "key",
+        "layout",
+        "offset",
+        "rows",
+        "stored",
+        "tail",
+        "users",
+    )
 
-    def __post_init__(self) -> None:
-        self.row_bytes = math.prod(self.capacity[1:]) * tensor.itemsize(self.dtype)
-
-    @property
-    def capacity_rows(self) -> int:
-        """Rows that there is room for; a tensor without axes is one."""
-        return self.capacity[0] if self.capacity else 1
+    def __init__(self, key: str, layout: Layout, group: str, rows: int) -> None:
+        self.key = key
+        self.layout = layout
+        self.group = group
+        self.rows = rows
+        self.offset = 0
+        """Of the extent, on the device in bytes."""
+        self.stored = 0
+        self.checksums = bytearray()
+        """A uint64 for each chunk of what is on the device, in the machine's byte order."""
+        self.held = b""
+        self.tail: _core.Tail | None = None
+        """Where appends go on; None until the next one rebuilds it."""
+        self.users = 0
+        """Operations that are under way on this entry; its extent lives until there are none."""
+        self.is_appending = False
+        self.is_exclusive = False
+        self.is_dead = False
+        """Deleted or replaced: the last user frees the extent."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of what is stored now."""
-        return (self.rows, *self.capacity[1:]) if self.capacity else ()
+        return (self.rows, *self.layout.shape[1:]) if self.layout.shape else ()
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is stored now, those held back included."""
-        return self.rows * self.row_bytes
-
-    @property
-    def record_checksums(self) -> np.ndarray[Any, Any]:
-        """The checksums of what is on the device, as many as there are."""
-        return self.checksums[: -(-self.stored // self.chunk_bytes)]
+        return self.rows * self.layout.row_bytes
 
     def info(self, path: str) -> TensorInfo:
         """What callers may know of it."""
         return TensorInfo(
             key=self.key,
             shape=self.shape,
-            dtype=self.dtype,
+            dtype=self.layout.dtype,
             nbytes=self.nbytes,
-            capacity=self.capacity,
+            capacity=self.layout.shape,
             rows=self.rows,
             group=self.group,
             path=path,
             offset=self.offset,
-            extent_bytes=self.extent_bytes,
+            extent_bytes=self.layout.extent_bytes,
         )
 
 
-class ReadPlan(NamedTuple):
-    """Reads of the device, and what is to be done when they have come."""
-
-    requests: list[tuple[int, Any]]
-    checksums: list[Any]
-    finish: list[Callable[[], None]]
-
-
-def plan_read(entry: Entry, start: int, stop: int, out: memoryview, verify: bool) -> ReadPlan:
-    """How the bytes [start, stop) of an entry come into `out`, which is as long.
-
-    A checksum covers a whole chunk, so with `verify` a chunk of which only a part is wanted is read
-    whole into memory of its own; everything else goes straight into `out`. The bytes held back are
-    copied at once.
-    """
-    plan = ReadPlan([], [], [])
-    stored = min(stop, entry.stored)
-    if stop > entry.stored:
-        first = max(start, entry.stored)
-        out[first - start :] = entry.held[first - entry.stored : stop - entry.stored]
-    if start >= stored:
-        return plan
-
-    unit = entry.chunk_bytes if verify else BLOCK_BYTES
-    body = round_up(start, unit)
-    if start < body:
-        _plan_edge(plan, entry, start, min(body, stored), start, out, unit, verify)
-    end = stored
-    if verify and stored != entry.stored:
-        end = stored // unit * unit
-    if body < end:
-        _plan_run(plan, entry, body, end, out[body - start : end - start], verify)
-    if body <= end < stored:
-        _plan_edge(plan, entry, end, stored, start, out, unit, verify)
-    return plan
+def take_checksums(entries: Iterable[Entry], checksums: bytearray) -> None:
+    """Gives full entries, which have been written, their part of the checksums of all."""
+    start = 0
+    for entry in entries:
+        stop = start + entry.layout.checksums_bytes
+        entry.checksums = checksums[start:stop]
+        start = stop
 
 
-def _plan_run(
-    plan: ReadPlan, entry: Entry, start: int, stop: int, memory: Any, verify: bool
-) -> None:
-    checksums = None
-    if verify:
-        first = start // entry.chunk_bytes
-        last = -(-stop // entry.chunk_bytes)
-        checksums = entry.checksums[first:last]
-        if last * entry.chunk_bytes > entry.stored:
-            checksums = checksums.copy()  # an append may renew the last one while this reads
-    plan.requests.append((entry.offset + start, memory))
-    plan.checksums.append(checksums)
+class ReadPlan:
+    """Reads of the device on one path, and what is to be done when they have come."""
 
+    __slots__ = ("checksums", "finish", "requests", "verify")
 
-def _plan_edge(
-    plan: ReadPlan,
-    entry: Entry,
-    start: int,
-    stop: int,
-    origin: int,
-    out: memoryview,
-    unit: int,
-    verify: bool,
-) -> None:
-    """Reads the unit around [start, stop) aside and copies that part into `out`."""
-    first = start // unit * unit
-    last = min(round_up(stop, unit), entry.stored)
-    aside = memoryview(_core.aligned_empty(last - first, np.uint8))
+    def __init__(self, verify: bool) -> None:
+        self.verify = verify
+        self.requests: list[tuple[int, Any]] = []
+        self.checksums: list[bytes | bytearray] = []
+        """Of each request, if they are to be compared."""
+        self.finish: list[Callable[[], None]] = []
 
-    def copy() -> None:
-        out[start - origin : stop - origin] = aside[start - first : stop - first]
+    def add_whole(self, entry: Entry, out: Any) -> None:
+        """Plans to read an entry that is full, all of it on the device, into memory as long."""
+        if entry.stored:
+            self.requests.append((entry.offset, out))
+            self.checksums.append(entry.checksums)
 
-    _plan_run(plan, entry, first, last, aside, verify)
-    plan.finish.append(copy)
+    def add(self, entry: Entry, start: int, stop: int, out: memoryview) -> None:
+        """Plans how the bytes [start, stop) of an entry come into `out`, which is as long.
+
+        A checksum covers a whole chunk, so if they are compared, a chunk of which only a part is
+        wanted is read whole into memory of its own; everything else goes straight into `out`. The
+        bytes held back are copied at once.
+        """
+        stored = min(stop, entry.stored)
+        if stop > entry.stored:
+            first = max(start, entry.stored)
+            out[first - start :] = entry.held[first - entry.stored : stop - entry.stored]
+        if start >= stored:
+            return
+
+        unit = entry.layout.chunk_bytes if self.verify else BLOCK_BYTES
+        body = round_up(start, unit)
+        if start < body:
+            head = out[: min(body, stored) - start]
+            self._add_edge(entry, start, min(body, stored), head, unit)
+        end = stored
+        if self.verify and stored != entry.stored:
+            end = stored // unit * unit
+        if body < end:
+            self._add_run(entry, body, end, out[body - start : end - start])
+        if body <= end < stored:
+            self._add_edge(entry, end, stored, out[end - start : stored - start], unit)
+
+    def _add_run(self, entry: Entry, start: int, stop: int, memory: Any) -> None:
+        first = start // entry.layout.chunk_bytes
+        last = -(-stop // entry.layout.chunk_bytes)
+        self.requests.append((entry.offset + start, memory))
+        # A copy: an append may renew the last one while this reads.
+        self.checksums.append(entry.checksums[first * CHECKSUM_BYTES : last * CHECKSUM_BYTES])
+
+    def _add_edge(self, entry: Entry, start: int, stop: int, out: memoryview, unit: int) -> None:
+        """Reads the unit around [start, stop) aside, to copy that part into `out`."""
+        first = start // unit * unit
+        last = min(round_up(stop, unit), entry.stored)
+        aside = memoryview(_core.aligned_empty(last - first, np.uint8))
+
+        def copy() -> None:
+            out[:] = aside[start - first : stop - first]
+
+        self._add_run(entry, first, last, aside)
+        self.finish.append(copy)

@@ -4,22 +4,19 @@ was last saved. The store's lock guards every call."""
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from dualblade import _core, tensor
+from dualblade import _core
 from dualblade.catalog import Catalog, Record
-from dualblade.entry import Entry, round_up
+from dualblade.entry import CHECKSUM_BYTES, Entry, layout_of, round_up
 from dualblade.errors import CorruptionError, KeyNotFoundError, NoSpaceError
 from dualblade.memory import format_size
 from dualblade.residency import Residency
 
-Spec = tuple[str, tuple[int, ...], str, int]
-"""Key, capacity, dtype tag, rows that hold data."""
-
+ROOM_ERRORS = (NoSpaceError, ValueError, OverflowError)
+"""What the extent map says of a length that it has no room for, or that no device has."""
 LARGE_BYTES = 1 << 20
 LARGE_ALIGN_BYTES = 64 << 10
 """Large extents start at a multiple of what drives read at once: a start that is not costs up to a
@@ -36,8 +33,8 @@ class Index:
         self.version = 0
         """Counts changes, so that a save can tell whether there were some meanwhile."""
         self.is_clean = True
+        self.chunk_bytes = chunk_bytes
         self._data_offset = data_offset
-        self._chunk_bytes = chunk_bytes
         self._used_bytes = 0
         self._changed: dict[str, None] = {}
         self._deleted: dict[str, None] = {}
@@ -50,10 +47,22 @@ class Index:
 
     def find(self, key: str) -> Entry:
         """The entry of a key. Raises KeyNotFoundError."""
+        return self.find_all([key])[0]
+
+    def find_all(self, keys: Iterable[str]) -> list[Entry]:
+        """The entries of keys, in their order. Raises KeyNotFoundError."""
+        entries = self.entries
         try:
-            return self.entries[key]
-        except KeyError:
+            return [entries[key] for key in keys]
+        except KeyError as error:
+            (key,) = error.args
             raise KeyNotFoundError(f"there is no tensor {key!r} in this store") from None
+
+    def replaced_by(self, keys: Mapping[str, Any]) -> list[Entry]:
+        """The entries that have to go when these keys are stored."""
+        if self.entries.keys().isdisjoint(keys):
+            return []
+        return [self.entries[key] for key in keys if key in self.entries]
 
     def of_group(self, group: str) -> list[Entry]:
         """The entries of a group, which may not exist."""
@@ -61,43 +70,22 @@ class Index:
 
     # ---- entries come and go ----------------------------------------------------------------
 
-    def create(
-        self, specs: Sequence[Spec], groups: Sequence[str], residency: Residency, *, one_run: bool
-    ) -> list[Entry]:
-        """New entries with room for their capacity, not yet to be found by key.
+    def place(self, entries: Sequence[Entry], residency: Residency, *, one_run: bool) -> None:
+        """Gives new entries, not yet to be found by key, room for their capacity.
 
-        With `one_run` their extents lie side by side. Raises NoSpaceError, and then none is made.
+        With `one_run` their extents lie side by side. Raises NoSpaceError, and then none has any.
         """
-        sizes = [
-            round_up(math.prod(shape) * tensor.itemsize(dtype), _core.BLOCK_BYTES)
-            for _, shape, dtype, _ in specs
-        ]
+        sizes = [entry.layout.extent_bytes for entry in entries]
         offsets = self._allocate_run(sizes) if one_run else self._allocate_each(sizes)
         self._used_bytes += sum(sizes)
-        entries = [
-            Entry(
-                key=key,
-                dtype=dtype,
-                capacity=shape,
-                offset=offset,
-                extent_bytes=size,
-                group=group,
-                chunk_bytes=self._chunk_bytes,
-                rows=rows,
-                stored=0,
-                checksums=np.zeros(-(-size // self._chunk_bytes), np.uint64),
-            )
-            for (key, shape, dtype, rows), size, offset, group in zip(
-                specs, sizes, offsets, groups, strict=True
-            )
-        ]
         by_group: dict[str, list[int]] = {}
-        for group, size in zip(groups, sizes, strict=True):
-            by_group.setdefault(group, []).append(size)
-        # The known ones first: they are on a path already, and new ones take the room left over.
-        for group in sorted(by_group, key=lambda name: name not in residency.groups):
-            residency.add(group, by_group[group])
-        return entries
+        for entry, offset, size in zip(entries, offsets, sizes, strict=True):
+            entry.offset = offset
+            if entry.group in by_group:
+                by_group[entry.group].append(size)
+            else:
+                by_group[entry.group] = [size]
+        residency.add_all(by_group)
 
     def _allocate_run(self, sizes: Sequence[int]) -> list[int]:
         total = sum(sizes)
@@ -110,36 +98,41 @@ class Index:
 
     def _allocate_each(self, sizes: Sequence[int]) -> list[int]:
         offsets: list[int] = []
+        allocate = self.extents.allocate
         try:
             for size in sizes:
-                offsets.append(self._allocate(size) if size else 0)  # noqa: PERF401  undone below
-        except BaseException:
-            for offset, size in zip(offsets, sizes, strict=False):
-                if size:
-                    self.extents.free(offset, size)
+                align = LARGE_ALIGN_BYTES if size >= LARGE_BYTES else 0
+                offsets.append(allocate(size, align) if size else 0)
+        except BaseException as error:
+            for offset, taken in zip(offsets, sizes, strict=False):
+                if taken:
+                    self.extents.free(offset, taken)
+            if isinstance(error, ROOM_ERRORS):
+                raise self._no_room(size) from None
             raise
         return offsets
 
     def _allocate(self, size_bytes: int) -> int:
-        try:
-            return self.extents.allocate(
-                size_bytes, LARGE_ALIGN_BYTES if size_bytes >= LARGE_BYTES else 0
-            )
-        except (NoSpaceError, ValueError, OverflowError):
-            raise NoSpaceError(
-                f"no room for {format_size(size_bytes)} in one run: "
-                f"{format_size(self.extents.free_bytes)} of "
-                f"{format_size(self.extents.total_bytes)} are free, the largest run is "
-                f"{format_size(self.extents.largest_free_bytes)}; delete tensors, or make a "
-                f"larger store"
-            ) from None
+        (offset,) = self._allocate_each([size_bytes])
+        return offset
 
-    def publish(self, entry: Entry, residency: Residency) -> None:
-        """The entry is what its key finds from now on; what it replaces is let go."""
-        old = self.entries.get(entry.key)
-        self.entries[entry.key] = entry
-        self.changed(entry)
-        if old is not None:
+    def _no_room(self, size_bytes: int) -> NoSpaceError:
+        return NoSpaceError(
+            f"no room for {format_size(size_bytes)} in one run: "
+            f"{format_size(self.extents.free_bytes)} of "
+            f"{format_size(self.extents.total_bytes)} are free, the largest run is "
+            f"{format_size(self.extents.largest_free_bytes)}; delete tensors, or make a "
+            f"larger store"
+        )
+
+    def publish(self, entries: Sequence[Entry], residency: Residency) -> None:
+        """The entries are what their keys find from now on; what they replace is let go."""
+        new = {entry.key: entry for entry in entries}
+        replaced = self.replaced_by(new)
+        self.entries.update(new)
+        self._changed.update(dict.fromkeys(new))
+        self.version += 1
+        for old in replaced:
             self._retire(old, residency)
 
     def remove(self, entry: Entry, residency: Residency) -> None:
@@ -150,26 +143,29 @@ class Index:
         self._deleted[entry.key] = None
         self._retire(entry, residency)
 
-    def discard(self, entry: Entry, residency: Residency) -> None:
-        """Gives back the room of an entry that was never published."""
-        self._retire(entry, residency)
+    def discard(self, entries: Iterable[Entry], residency: Residency) -> None:
+        """Gives back the room of entries that were never published."""
+        for entry in entries:
+            self._free(entry, residency)
 
     def _retire(self, entry: Entry, residency: Residency) -> None:
         entry.is_dead = True
         if entry.users == 0:
             self._free(entry, residency)
 
-    def release(self, entry: Entry, residency: Residency) -> None:
-        """One user fewer; the last one of a dead entry frees its extent."""
-        entry.users -= 1
-        if entry.users == 0 and entry.is_dead:
-            self._free(entry, residency)
+    def release(self, entries: Iterable[Entry], residency: Residency) -> None:
+        """One user fewer of each; the last one of a dead entry frees its extent."""
+        for entry in entries:
+            entry.users -= 1
+            if entry.is_dead and entry.users == 0:
+                self._free(entry, residency)
 
     def _free(self, entry: Entry, residency: Residency) -> None:
-        residency.remove(entry.group, entry.extent_bytes)
-        self._used_bytes -= entry.extent_bytes
-        if entry.extent_bytes:
-            self.extents.free(entry.offset, entry.extent_bytes)
+        size_bytes = entry.layout.extent_bytes
+        residency.remove(entry.group, size_bytes)
+        self._used_bytes -= size_bytes
+        if size_bytes:
+            self.extents.free(entry.offset, size_bytes)
 
     def forget(self) -> None:
         """At close: lets go of every entry; the extents stay as they were for the next open."""
@@ -212,21 +208,23 @@ class Index:
         The bytes held back were written for this, padded to a block: to whoever loads the record,
         all bytes are on the device.
         """
-        chunks = -(-entry.nbytes // entry.chunk_bytes)
-        checksums = entry.checksums[:chunks].copy()
+        layout = entry.layout
+        nbytes = entry.nbytes
+        checksums = bytes(entry.checksums)
         if last_checksum is not None:
-            checksums[-1] = last_checksum
+            whole = (nbytes - 1) // layout.chunk_bytes * CHECKSUM_BYTES
+            checksums = checksums[:whole] + last_checksum.to_bytes(CHECKSUM_BYTES, sys.byteorder)
         return Record(
-            key=entry.key,
-            dtype=entry.dtype,
-            shape=entry.capacity,
-            rows=entry.rows,
-            offset=entry.offset,
-            length=entry.extent_bytes,
-            stored_bytes=entry.nbytes,
-            checksums=checksums.astype("<u8").tobytes(),
-            group=entry.group,
-            path=residency.path_of(entry.group),
+            entry.key,
+            layout.dtype,
+            layout.shape,
+            entry.rows,
+            entry.offset,
+            layout.extent_bytes,
+            nbytes,
+            little_endian(checksums),
+            entry.group,
+            residency.path_of(entry.group),
         )
 
     def load(self, catalog: Catalog, residency: Residency) -> None:
@@ -239,32 +237,23 @@ class Index:
             residency.add(group, sizes)
 
     def _load_record(self, record: Record, catalog: Catalog) -> None:
-        saved = np.frombuffer(record.checksums, "<u8").astype(np.uint64)
-        checksums = np.zeros(-(-record.length // self._chunk_bytes), np.uint64)
-        entry = Entry(
-            key=record.key,
-            dtype=record.dtype,
-            capacity=record.shape,
-            offset=record.offset,
-            extent_bytes=record.length,
-            group=record.group,
-            chunk_bytes=self._chunk_bytes,
-            rows=record.rows,
-            stored=record.stored_bytes,
-            checksums=checksums,
-        )
+        layout = layout_of(record.shape, record.dtype, self.chunk_bytes)
+        entry = Entry(record.key, layout, record.group, record.rows)
+        entry.offset = record.offset
+        entry.stored = record.stored_bytes
+        entry.checksums = bytearray(little_endian(record.checksums))
+        chunks = round_up(record.stored_bytes, self.chunk_bytes) // self.chunk_bytes
         if (
             entry.stored != entry.nbytes
-            or entry.rows > entry.capacity_rows
-            or entry.nbytes > entry.extent_bytes
-            or len(saved) != len(entry.record_checksums)
+            or entry.rows > layout.rows
+            or record.length != layout.extent_bytes
+            or len(entry.checksums) != chunks * CHECKSUM_BYTES
             or record.key in self.entries
         ):
             raise CorruptionError(
                 f"the catalog {catalog.path} contradicts itself about tensor {record.key!r}: "
                 f"restore it from a backup, or start anew with format=True"
             )
-        checksums[: len(saved)] = saved
         try:
             if record.length:
                 self.extents.reserve(record.offset, record.length)
@@ -288,11 +277,20 @@ class Index:
         if used != self._used_bytes:
             problems.append(f"{used} bytes are taken, but tensors account for {self._used_bytes}")
         runs: list[Any] = sorted(
-            (entry.offset, entry.extent_bytes, entry.key)
+            (entry.offset, entry.layout.extent_bytes, entry.key)
             for entry in list(self.entries.values())
-            if entry.extent_bytes
+            if entry.layout.extent_bytes
         )
         for (offset, size, key), (after, _, other) in itertools.pairwise(runs):
             if offset + size > after:
                 problems.append(f"tensors {key!r} and {other!r} overlap at byte {after}")
         return problems
+
+
+def little_endian(checksums: bytes) -> bytes:
+    """Checksums between the machine's byte order and that of the catalog."""
+    if sys.byteorder == "little":
+        return checksums
+    return b"".join(
+        checksums[at : at + CHECKSUM_BYTES][::-1] for at in range(0, len(checksums), CHECKSUM_BYTES)
+    )

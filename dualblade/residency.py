@@ -20,7 +20,7 @@ Policy = Literal["dual", "direct", "pagecache"]
 POLICIES: tuple[Policy, ...] = ("dual", "direct", "pagecache")
 
 
-@dataclass
+@dataclass(slots=True)
 class Group:
     """What is bound together: its path, its bytes of device space, and how many tensors it has."""
 
@@ -65,8 +65,8 @@ class Residency:
                 taken_bytes += size_bytes
         return found
 
-    def add(self, group: str, sizes_bytes: Sequence[int]) -> PathName:
-        """Accounts tensors to a group, which is bound if it is new; its path.
+    def add(self, group: str, sizes_bytes: Sequence[int]) -> None:
+        """Accounts tensors to a group, which is bound if it is new.
 
         A group stays on its path as it grows: ask `crowded` first and move those.
         """
@@ -79,7 +79,15 @@ class Residency:
         bound.tensors += len(sizes_bytes)
         if bound.path == "pagecache":
             self.pagecache_bytes += total_bytes
-        return bound.path
+
+    def add_all(self, sizes_bytes: Mapping[str, Sequence[int]]) -> None:
+        """`add` for each group: those that are bound first, and new ones take the room left."""
+        known = self.groups.keys() & sizes_bytes.keys()
+        for group in known:
+            self.add(group, sizes_bytes[group])
+        for group, sizes in sizes_bytes.items():
+            if group not in known:
+                self.add(group, sizes)
 
     def remove(self, group: str, size_bytes: int) -> None:
         """Takes one tensor off a group; without any, the group is forgotten."""

@@ -7,7 +7,6 @@ known of a tensor in entry.py and index.py; here is what callers ask for.
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
 import threading
 import warnings
@@ -17,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from dualblade import _core, tensor
-from dualblade.access import inside, rows_of
+from dualblade.access import IS_EXCLUSIVE, inside, rows_of
 from dualblade.catalog import Catalog
-from dualblade.entry import Entry, ReadPlan, TensorInfo, plan_read, round_up
+from dualblade.entry import Entry, Layout, ReadPlan, TensorInfo, layout_of, take_checksums
 from dualblade.errors import CorruptionError, DeviceError, KeyNotFoundError, UnsupportedError
-from dualblade.index import Index, Spec
+from dualblade.index import Index
 from dualblade.memory import format_size
 from dualblade.residency import PathName, Residency
 from dualblade.ticket import Ticket
@@ -103,19 +102,20 @@ class TensorStore(EntryTransfer):
         self, tensors: Mapping[str, tuple[Sequence[int], Any]], *, group: str | None = None
     ) -> None:
         """Reserves several tensors, `{key: (shape, dtype)}`, side by side in one run."""
-        specs = [_reservation(key, shape, dtype) for key, (shape, dtype) in tensors.items()]
-        groups = [key if group is None else _check_name(group) for key, *_ in specs]
+        name = None if group is None else _check_name(group)
+        entries = [
+            self._reservation(key, shape, dtype, name) for key, (shape, dtype) in tensors.items()
+        ]
         while True:
             with self._operation(tensors):
-                taken = [key for key, *_ in specs if key in self._index]
+                taken = [entry.key for entry in entries if entry.key in self._index]
                 if taken:
                     raise ValueError(
                         f"{taken[0]!r} is stored already: delete it before it is reserved anew"
                     )
-                entries, crowded = self._allocate(specs, groups, one_run=True)
+                crowded = self._place(entries, one_run=True)
                 if not crowded:
-                    for entry in entries:
-                        self._index.publish(entry, self._residency)
+                    self._index.publish(entries, self._residency)
                     return
             self._go_direct(crowded)
 
@@ -150,16 +150,16 @@ class TensorStore(EntryTransfer):
             cuts = []
             for entry in entries:
                 count = _row_count(rows[entry.key])
-                if not entry.capacity:
+                if not entry.layout.shape:
                     raise ValueError(f"{entry.key!r} has no axis to be truncated along")
                 if count > entry.rows:
                     raise ValueError(f"{entry.key!r} has {entry.rows} rows: it can't keep {count}")
-                cuts.append((entry, count, *self._cut(entry, count * entry.row_bytes)))
+                cuts.append((entry, count, self._cut(entry, count * entry.layout.row_bytes)))
             with self._lock:
                 self._index.mark_dirty(self._catalog)
-                for entry, count, stored, held, checksum in cuts:
+                for entry, count, end in cuts:
                     entry.rows = count
-                    self._set_end(entry, stored, held, checksum)
+                    self._set_end(entry, *end)
 
     def resize(self, key: str, rows: int) -> None:
         """Changes how many rows there is room for, by moving the tensor to another extent."""
@@ -169,16 +169,17 @@ class TensorStore(EntryTransfer):
         """Resizes several tensors into one new run. After an error all are as they were."""
         while True:
             with self._exclusive(rows) as entries:
-                specs = []
+                copies = []
                 for entry in entries:
                     count = _row_count(rows[entry.key])
-                    if not entry.capacity or count < entry.rows:
+                    shape = entry.layout.shape
+                    if not shape or count < entry.rows:
                         raise ValueError(
                             f"{entry.key!r} has {entry.rows} rows: it can't be resized to {count}"
                         )
-                    specs.append((entry.key, (count, *entry.capacity[1:]), entry.dtype, 0))
-                groups = [entry.group for entry in entries]
-                copies, crowded = self._allocate(specs, groups, entries, one_run=True)
+                    layout = self._layout((count, *shape[1:]), entry.layout.dtype)
+                    copies.append(Entry(entry.key, layout, entry.group, 0))
+                crowded = self._place(copies, entries, one_run=True)
                 if not crowded:
                     self._move(entries, copies)
                     return
@@ -192,7 +193,7 @@ class TensorStore(EntryTransfer):
         """Forgets several tensors: all of them, or if one is unknown none."""
         keys = list(dict.fromkeys(keys))
         with self._operation(keys):
-            entries = self._wait_for(keys, lambda entry: entry.is_exclusive)
+            entries = self._wait_for(keys, IS_EXCLUSIVE)
             self._index.mark_dirty(self._catalog)
             for entry in entries:
                 self._index.remove(entry, self._residency)
@@ -393,23 +394,21 @@ class TensorStore(EntryTransfer):
     def _start_put(self, arrays: Mapping[str, Any], group: str | None) -> Ticket:
         if not isinstance(arrays, Mapping):
             raise TypeError(f"put_many takes a dict of arrays by key, not {type(arrays).__name__}")
-        tensors = {_check_name(key): tensor.describe(array) for key, array in arrays.items()}
+        tensors = {_check_name(key): tensor.memory_of(array) for key, array in arrays.items()}
         entries = self._create(tensors, None if group is None else _check_name(group))
-        writes = []
-        for entry, t in zip(entries, tensors.values(), strict=True):
-            entry.stored = len(t.data)
-            if entry.stored:
-                writes.append((entry, (entry.offset, t.data), entry.record_checksums))
+        memory = [memory for memory, _, _ in tensors.values()]
         completions: list[_core.Completion] = []
+        written: list[tuple[list[Entry], bytearray]] = []
 
         def finish(error: BaseException | None) -> None:
             with self._inside(), self._lock:
                 try:
-                    for entry in entries:
-                        if error is None:
-                            self._index.publish(entry, self._residency)
-                        else:
-                            self._index.discard(entry, self._residency)
+                    if error is None:
+                        for some, checksums in written:
+                            take_checksums(some, checksums)
+                        self._index.publish(entries, self._residency)
+                    else:
+                        self._index.discard(entries, self._residency)
                 finally:
                     self._unregister(ticket, tensors)
             if error is not None:
@@ -417,58 +416,68 @@ class TensorStore(EntryTransfer):
 
         ticket = Ticket(completions, finish)
         try:
-            self._submit("write", writes, completions)
+            written += self._start_writes(zip(entries, memory, strict=True), completions)
             self._register(ticket, tensors)
         except BaseException:
             if not self._goes_on(ticket):
                 drain(completions)
                 with self._lock:
-                    for entry in entries:
-                        self._index.discard(entry, self._residency)
+                    self._index.discard(entries, self._residency)
                     self._unregister(ticket, tensors)
             raise
         return ticket
 
-    def _create(self, tensors: Mapping[str, tensor.Tensor], group: str | None) -> list[Entry]:
+    def _create(
+        self, tensors: Mapping[str, tuple[Any, tuple[int, ...], str]], group: str | None
+    ) -> list[Entry]:
         """Entries for a put, of an operation that is begun and not ended."""
-        specs = [
-            (key, t.shape, t.dtype, t.shape[0] if t.shape else 1) for key, t in tensors.items()
-        ]
+        entries = []
+        for key, (_, shape, dtype) in tensors.items():
+            layout = self._layout(shape, dtype)
+            entry = Entry(key, layout, key if group is None else group, layout.rows)
+            entry.stored = layout.nbytes
+            entries.append(entry)
         while True:
             with self._starting(tensors):
-                found = {key: self._index.entries.get(key) for key in tensors}
-                if group is not None:
-                    groups = [group] * len(specs)
-                else:
-                    groups = [key if old is None else old.group for key, old in found.items()]
-                replaced = [old for old in found.values() if old is not None]
-                entries, crowded = self._allocate(specs, groups, replaced)
+                replaced = self._index.replaced_by(tensors)
+                if group is None and replaced:
+                    groups = {old.key: old.group for old in replaced}
+                    for entry in entries:
+                        entry.group = groups.get(entry.key, entry.key)
+                crowded = self._place(entries, replaced)
                 if not crowded:
                     return entries
                 self._leave()
             self._go_direct(crowded)
 
-    def _allocate(
-        self,
-        specs: Sequence[Spec],
-        groups: Sequence[str],
-        replaced: Iterable[Entry] = (),
-        *,
-        one_run: bool = False,
-    ) -> tuple[list[Entry], list[str]]:
-        """New entries in place of some; or none, and the groups that have to go direct before.
+    def _place(
+        self, entries: Sequence[Entry], replaced: Iterable[Entry] = (), *, one_run: bool = False
+    ) -> list[str]:
+        """Gives new entries room in place of some; or none, and names who has to go direct before.
 
         Raises NoSpaceError, and that first: no group goes direct for what has no room anyway.
         """
         with self._lock:
-            crowded = self._residency.crowded(_growth(specs, groups, replaced))
+            crowded = self._residency.crowded(_growth(entries, replaced))
             self._index.mark_dirty(self._catalog)
-            entries = self._index.create(specs, groups, self._residency, one_run=one_run)
-            if not crowded:
-                return entries, []
-            for entry in entries:
-                self._index.discard(entry, self._residency)
-            return [], crowded
+            self._index.place(entries, self._residency, one_run=one_run)
+            if crowded:
+                self._index.discard(entries, self._residency)
+            return crowded
+
+    def _layout(self, shape: tuple[int, ...], dtype: str) -> Layout:
+        return layout_of(shape, dtype, self._index.chunk_bytes)
+
+    def _reservation(self, key: Any, shape: Sequence[int], dtype: Any, group: str | None) -> Entry:
+        dimensions = tuple(int(operator.index(length)) for length in shape)
+        if not dimensions or min(dimensions) < 0:
+            raise ValueError(
+                f"shape={shape!r} of {key!r}: a reserved tensor has at least one axis, along which "
+                f"it grows, and no negative length"
+            )
+        name = _check_name(key)
+        layout = self._layout(dimensions, tensor.dtype_tag(dtype))
+        return Entry(name, layout, name if group is None else group, 0)
 
     # ---- reading ----------------------------------------------------------------------------
 
@@ -480,12 +489,14 @@ class TensorStore(EntryTransfer):
     ) -> Ticket:
         keys = [key for key, *_ in wanted]
         with self._starting(keys):
-            entries = self._wait_for(keys, lambda entry: entry.is_exclusive)
-            arrays, plans = [], []
-            for entry, (_, start, stop, out) in zip(entries, wanted, strict=True):
-                array, plan = self._prepare_read(entry, start, stop, out)
-                arrays.append(array)
-                plans.append(plan)
+            entries = self._wait_for(keys, IS_EXCLUSIVE)
+            verify = self._verify == "always"
+            plans = {path: ReadPlan(verify) for path in self._paths}
+            groups = self._residency.groups
+            arrays = [
+                self._plan_read(plans[groups[entry.group].path], entry, start, stop, out)
+                for entry, (_, start, stop, out) in zip(entries, wanted, strict=True)
+            ]
             for entry in entries:
                 entry.users += 1
         completions: list[_core.Completion] = []
@@ -495,7 +506,7 @@ class TensorStore(EntryTransfer):
                 try:
                     if error is not None:
                         self._raise(error, entries)
-                    for plan in plans:
+                    for plan in plans.values():
                         for copy in plan.finish:
                             copy()
                     return shape_result(arrays)
@@ -505,12 +516,7 @@ class TensorStore(EntryTransfer):
 
         ticket = Ticket(completions, finish)
         try:
-            reads = [
-                (entry, request, checksums)
-                for entry, plan in zip(entries, plans, strict=True)
-                for request, checksums in zip(plan.requests, plan.checksums, strict=True)
-            ]
-            self._submit("read", reads, completions)
+            self._start_reads(plans, completions)
             self._register(ticket)
         except BaseException:
             if not self._goes_on(ticket):
@@ -520,25 +526,35 @@ class TensorStore(EntryTransfer):
             raise
         return ticket
 
-    def _prepare_read(
-        self, entry: Entry, start: int | None, stop: int | None, out: Any
-    ) -> tuple[Any, ReadPlan]:
-        shape = entry.shape
+    def _plan_read(
+        self, plan: ReadPlan, entry: Entry, start: int | None, stop: int | None, out: Any
+    ) -> Any:
+        """Adds what is wanted of an entry to a plan; the array that it is read into."""
+        layout = entry.layout
+        shape = layout.shape
+        is_whole = start is None and stop is None
+        is_full = entry.stored == layout.nbytes
+        if is_whole and is_full and tensor.takes_bytes(out, shape, layout.dtype):
+            plan.add_whole(entry, out)
+            return out
         first, last = 0, entry.rows
-        if start is not None or stop is not None:
+        if is_whole:
+            shape = entry.shape
+        else:
             if not shape:
                 raise ValueError(f"{entry.key!r} has no axis to read rows of: use get()")
             first, last, _ = slice(start, stop).indices(entry.rows)
             last = max(first, last)
             shape = (last - first, *shape[1:])
-        begin, end = first * entry.row_bytes, last * entry.row_bytes
+        begin, end = first * layout.row_bytes, last * layout.row_bytes
         if out is None:
             memory = _core.aligned_empty(end - begin, np.uint8)
-            out = tensor.from_bytes(memory, shape, entry.dtype)
+            out = tensor.from_bytes(memory, shape, layout.dtype)
             view = memoryview(memory)
         else:
-            view, _ = tensor.writable_bytes(out, shape, entry.dtype)
-        return out, plan_read(entry, begin, end, view, self._verify == "always")
+            view, _ = tensor.writable_bytes(out, shape, layout.dtype)
+        plan.add(entry, begin, end, view)
+        return out
 
     def _check_tensor(self, key: str) -> None:
         with self._shared(key) as entry:
@@ -554,15 +570,14 @@ class TensorStore(EntryTransfer):
                 self._copy(entry, copy)
         except BaseException:
             with self._lock:
-                for copy in copies:
-                    self._index.discard(copy, self._residency)
+                self._index.discard(copies, self._residency)
             raise
         with self._lock:
             for entry, copy in zip(entries, copies, strict=True):
                 if entry.is_dead:  # another thread has put something else in its place
-                    self._index.discard(copy, self._residency)
+                    self._index.discard([copy], self._residency)
                 else:
-                    self._index.publish(copy, self._residency)
+                    self._index.publish([copy], self._residency)
 
     def _keys_of_group(self, group: str) -> list[str]:
         """The keys of a group, at a moment at which these are all its tensors: none is on its way
@@ -598,8 +613,8 @@ class TensorStore(EntryTransfer):
             self._residency.move(group, path)
         try:
             for entry in entries:
-                if entry.extent_bytes:
-                    self._paths[path].enter(entry.offset, entry.extent_bytes)
+                if entry.layout.extent_bytes:
+                    self._paths[path].enter(entry.offset, entry.layout.extent_bytes)
         except BaseException:
             with self._lock:
                 self._residency.move(group, before)
@@ -621,8 +636,7 @@ class TensorStore(EntryTransfer):
                 last_checksum = None
                 if entry.held:
                     tail = self._tail_of(entry)
-                    write = (entry, (entry.offset + entry.stored, bytes(tail.block())), None)
-                    self._transfer("write", [write])
+                    self._write([(entry, (entry.offset + entry.stored, bytes(tail.block())))])
                     last_checksum = tail.digest
                 with self._lock:
                     return self._index.record(entry, self._residency, last_checksum)
@@ -632,6 +646,8 @@ class TensorStore(EntryTransfer):
 
 def _check_name(name: Any) -> str:
     """A key or the name of a group, as a plain str: what a subclass shows is not what it is."""
+    if type(name) is str and name.isascii():
+        return name
     if not isinstance(name, str):
         raise TypeError(f"a key or group is a str, not {type(name).__name__}: {name!r}")
     try:
@@ -641,17 +657,14 @@ def _check_name(name: Any) -> str:
     return str.__str__(name)
 
 
-def _growth(
-    specs: Iterable[Spec], groups: Iterable[str], replaced: Iterable[Entry]
-) -> dict[str, int]:
-    """Bytes by which each group grows when tensors come and others go."""
+def _growth(entries: Iterable[Entry], replaced: Iterable[Entry]) -> dict[str, int]:
+    """Bytes by which each group grows when entries come and others go."""
     growth: dict[str, int] = {}
-    for (_, shape, dtype, _), group in zip(specs, groups, strict=True):
-        size_bytes = round_up(math.prod(shape) * tensor.itemsize(dtype), _core.BLOCK_BYTES)
-        growth[group] = growth.get(group, 0) + size_bytes
+    for entry in entries:
+        growth[entry.group] = growth.get(entry.group, 0) + entry.layout.extent_bytes
     for entry in replaced:
         if entry.group in growth:
-            growth[entry.group] -= entry.extent_bytes
+            growth[entry.group] -= entry.layout.extent_bytes
     return growth
 
 
@@ -660,13 +673,3 @@ def _row_count(rows: Any) -> int:
     if count < 0:
         raise ValueError(f"rows={count}: a number of rows can't be negative")
     return count
-
-
-def _reservation(key: Any, shape: Sequence[int], dtype: Any) -> Spec:
-    dimensions = tuple(int(operator.index(length)) for length in shape)
-    if not dimensions or min(dimensions) < 0:
-        raise ValueError(
-            f"shape={shape!r} of {key!r}: a reserved tensor has at least one axis, along which it "
-            f"grows, and no negative length"
-        )
-    return _check_name(key), dimensions, tensor.dtype_tag(dtype), 0

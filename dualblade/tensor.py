@@ -244,6 +244,17 @@ def describe(array: Any) -> Tensor:
     return _describe_numpy(found)._replace(owner=array)
 
 
+def memory_of(array: Any) -> tuple[Any, tuple[int, ...], str]:
+    """The memory of an array with every byte in C order, its shape, and its dtype tag.
+
+    What `describe` says, without its objects for the arrays that most are: numpy's own, in C order.
+    """
+    if type(array) is np.ndarray and array.flags.c_contiguous:
+        return array, array.shape, _tag_of_numpy(array.dtype)
+    found = describe(array)
+    return found.data, found.shape, found.dtype
+
+
 def as_rows(array: Any, row_shape: tuple[int, ...], dtype: str) -> Tensor:
     """The bytes of rows to be appended to a tensor whose rows have row_shape and this dtype tag.
 
@@ -405,6 +416,19 @@ def _tag_of_dlpack(code: int, bits: int, lanes: int) -> str:
 
 
 # ---- bytes to arrays ----------------------------------------------------------------------------
+
+
+def takes_bytes(out: Any, shape: tuple[int, ...], dtype: str) -> bool:
+    """Whether out= is an array of numpy's own whose memory can be filled in as it is.
+
+    What it does not take, `writable_bytes` may, or says why not.
+    """
+    return (
+        type(out) is np.ndarray
+        and out.shape == shape
+        and out.flags.carray
+        and _tag_of_numpy(out.dtype) == dtype
+    )
 
 
 def writable_bytes(out: Any, shape: tuple[int, ...], dtype: str) -> tuple[memoryview, object]:

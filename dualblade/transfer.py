@@ -5,7 +5,8 @@ Every method here is called by an operation that holds its entries (access.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import numpy as np
@@ -13,12 +14,14 @@ import numpy as np
 from dualblade import _core, tensor
 from dualblade.access import EntryAccess
 from dualblade.catalog import Catalog
-from dualblade.entry import Entry, plan_read
+from dualblade.entry import CHECKSUM_BYTES, Entry, ReadPlan
 from dualblade.errors import CorruptionError
 from dualblade.index import Index
-from dualblade.paths import open_paths
-from dualblade.residency import Residency
+from dualblade.paths import Request, open_paths
+from dualblade.residency import PathName, Residency
 
+SUBMIT_REQUESTS = 64
+"""So many are handed over at a time: the device works on the first while others are prepared."""
 COPY_BYTES = 4 << 20
 """How much of a tensor is in memory at a time while it moves to another extent."""
 
@@ -43,32 +46,52 @@ class EntryTransfer(EntryAccess):
 
     # ---- transfers --------------------------------------------------------------------------
 
-    def _submit(
-        self,
-        direction: str,
-        transfers: Iterable[tuple[Entry, tuple[int, Any], Any]],
-        completions: list[_core.Completion],
+    def _start_reads(
+        self, plans: Mapping[PathName, ReadPlan], completions: list[_core.Completion]
     ) -> None:
-        """Starts transfers, one batch for each path; adds to `completions` as they are started."""
-        batches: dict[str, tuple[list[Any], list[Any]]] = {}
-        for entry, request, checksums in transfers:
-            batch = batches.setdefault(self._residency.path_of(entry.group), ([], []))
-            batch[0].append(request)
-            batch[1].append(checksums)
-        for name, (requests, checksums) in batches.items():
-            path = self._paths[name]
-            start = path.read if direction == "read" else path.write
-            completions.append(start(requests, checksums))
+        """Starts what was planned for each path; adds to `completions` as it is started."""
+        for name, plan in plans.items():
+            for first in range(0, len(plan.requests), SUBMIT_REQUESTS):
+                part = slice(first, first + SUBMIT_REQUESTS)
+                checksums = b"".join(plan.checksums[part]) if plan.verify else None
+                completions.append(self._paths[name].read(plan.requests[part], checksums))
 
-    def _transfer(
-        self, direction: str, transfers: Iterable[tuple[Entry, tuple[int, Any], Any]]
-    ) -> None:
-        """Starts transfers and waits for them. After an error none is under way."""
+    def _start_writes(
+        self, writes: Iterable[tuple[Entry, Any]], completions: list[_core.Completion]
+    ) -> list[tuple[list[Entry], bytearray]]:
+        """Starts writing whole entries, `(entry, memory)`; adds to `completions` as it goes.
+
+        What it returns is for `take_checksums` once all have been written.
+        """
+        written = []
+        for name, members in self._by_path(writes).items():
+            for first in range(0, len(members), SUBMIT_REQUESTS):
+                part = members[first : first + SUBMIT_REQUESTS]
+                entries = [entry for entry, _ in part]
+                requests = [(entry.offset, memory) for entry, memory in part]
+                checksums = bytearray(sum([entry.layout.checksums_bytes for entry in entries]))
+                completions.append(self._paths[name].write(requests, checksums))
+                written.append((entries, checksums))
+        return written
+
+    def _by_path(
+        self, members: Iterable[tuple[Entry, Any]]
+    ) -> dict[PathName, list[tuple[Entry, Any]]]:
+        groups = self._residency.groups
+        by_path: dict[PathName, list[tuple[Entry, Any]]] = {name: [] for name in self._paths}
+        for member in members:
+            by_path[groups[member[0].group].path].append(member)
+        return by_path
+
+    def _write(self, writes: Iterable[tuple[Entry, Request]]) -> None:
+        """Writes parts of entries and waits for it. After an error nothing is under way."""
         completions: list[_core.Completion] = []
         try:
-            self._submit(direction, transfers, completions)
-            for completion in completions:
-                completion.wait()
+            for name, members in self._by_path(writes).items():
+                requests = [request for _, request in members]
+                if requests:
+                    completions.append(self._paths[name].write(requests, None))
+            wait_all(completions)
         except BaseException:
             drain(completions)
             raise
@@ -80,12 +103,17 @@ class EntryTransfer(EntryAccess):
         if verify is None:
             verify = self._verify != "never"
         memory = _core.aligned_empty(stop - start, np.uint8)
-        plan = plan_read(entry, start, stop, memoryview(memory), verify)
-        reads = zip(plan.requests, plan.checksums, strict=True)
+        plan = ReadPlan(verify)
+        plan.add(entry, start, stop, memoryview(memory))
+        completions: list[_core.Completion] = []
         try:
-            self._transfer("read", [(entry, *read) for read in reads])
-        except CorruptionError as error:
-            self._raise(error, [entry])
+            self._start_reads({self._residency.path_of(entry.group): plan}, completions)
+            wait_all(completions)
+        except BaseException as error:
+            drain(completions)
+            if isinstance(error, CorruptionError):
+                self._raise(error, [entry])
+            raise
         for copy in plan.finish:
             copy()
         return memory
@@ -97,7 +125,7 @@ class EntryTransfer(EntryAccess):
                 self._corruptions += 1
             offset = getattr(error, "offset", None)
             for entry in entries:
-                if offset is not None and 0 <= offset - entry.offset < entry.extent_bytes:
+                if offset is not None and 0 <= offset - entry.offset < entry.layout.extent_bytes:
                     raise CorruptionError(
                         f"tensor {entry.key!r} is corrupt: {error}. Nothing was returned; "
                         f"delete it or put it again"
@@ -116,17 +144,18 @@ class EntryTransfer(EntryAccess):
             tail, entry.tail = self._tail_of(entry), None
             tail_write = tail.append(part.data)
             for offset, data in tail_write.requests:
-                writes.append((entry, (entry.offset + offset, data), None))
-            chunks = slice(tail_write.first_chunk, tail_write.first_chunk + len(tail_write.digests))
+                writes.append((entry, (entry.offset + offset, data)))
+            checksums = tail_write.digests.tobytes()
+            first = tail_write.first_chunk * CHECKSUM_BYTES if checksums else len(entry.checksums)
             held = bytes(tail.block()[: tail.held])
             rows = entry.rows + part.shape[0]
-            ends.append((entry, tail, chunks, tail_write.digests, tail.stored, held, rows))
-        self._transfer("write", writes)
+            ends.append((entry, tail, first, checksums, tail.stored, held, rows))
+        self._write(writes)
         with self._lock:
-            for entry, tail, chunks, digests, stored, held, rows in ends:
+            for entry, tail, first, checksums, stored, held, rows in ends:
                 self._index.changed(entry)
                 # Assignments alone: no interrupt comes between them.
-                entry.checksums[chunks] = digests
+                entry.checksums[first:] = checksums
                 entry.stored, entry.held, entry.rows, entry.tail = stored, held, rows, tail
 
     def _tail_of(self, entry: Entry) -> _core.Tail:
@@ -137,42 +166,47 @@ class EntryTransfer(EntryAccess):
             end = self._cut(entry, entry.nbytes)
             with self._lock:
                 self._set_end(entry, *end)
-        begun = entry.stored % entry.chunk_bytes
-        tail = _core.Tail(entry.chunk_bytes)
+        chunk_bytes = entry.layout.chunk_bytes
+        begun = entry.stored % chunk_bytes
+        tail = _core.Tail(chunk_bytes)
         tail.reset(entry.stored, self._read_bytes(entry, entry.stored - begun, entry.stored))
         tail.append(entry.held)
         entry.tail = tail
         return tail
 
-    def _cut(self, entry: Entry, nbytes: int) -> tuple[int, bytes, int | None]:
-        """(stored, held, checksum of the last chunk) of an entry that keeps `nbytes` bytes."""
+    def _cut(self, entry: Entry, nbytes: int) -> tuple[int, bytes, bytearray]:
+        """(stored, held, checksums) of an entry that keeps `nbytes` bytes."""
         if nbytes >= entry.stored and entry.stored % _core.BLOCK_BYTES == 0:
-            return entry.stored, entry.held[: nbytes - entry.stored], None
+            return entry.stored, entry.held[: nbytes - entry.stored], entry.checksums[:]
+        chunk_bytes = entry.layout.chunk_bytes
         stored = nbytes // _core.BLOCK_BYTES * _core.BLOCK_BYTES
-        first = stored // entry.chunk_bytes * entry.chunk_bytes
+        first = stored // chunk_bytes * chunk_bytes
+        checksums = entry.checksums[: first // chunk_bytes * CHECKSUM_BYTES]
         if nbytes == first:  # nothing of a chunk is kept in part, so nothing has to be read
-            return stored, b"", None
-        chunk = self._read_bytes(entry, first, min(first + entry.chunk_bytes, entry.stored))
-        checksum = _core.checksum(chunk[: stored - first]) if stored > first else None
-        return stored, bytes(chunk[stored - first : nbytes - first]), checksum
+            return stored, b"", checksums
+        chunk = self._read_bytes(entry, first, min(first + chunk_bytes, entry.stored))
+        if stored > first:
+            checksums += _core.checksum(chunk[: stored - first]).to_bytes(
+                CHECKSUM_BYTES, sys.byteorder
+            )
+        return stored, bytes(chunk[stored - first : nbytes - first]), checksums
 
-    def _set_end(self, entry: Entry, stored: int, held: bytes, checksum: int | None) -> None:
-        entry.stored, entry.held, entry.tail = stored, held, None
-        if checksum is not None:
-            entry.checksums[(stored - 1) // entry.chunk_bytes] = checksum
+    def _set_end(self, entry: Entry, stored: int, held: bytes, checksums: bytearray) -> None:
+        entry.stored, entry.held, entry.checksums, entry.tail = stored, held, checksums, None
         self._index.changed(entry)
 
     def _copy(self, entry: Entry, copy: Entry) -> None:
-        stored, held, checksum = self._cut(entry, entry.nbytes)
+        stored, held, checksums = self._cut(entry, entry.nbytes)
         for start in range(0, stored, COPY_BYTES):
-            stop = min(start + COPY_BYTES, stored)
-            data = self._read_bytes(entry, start, stop)
-            chunks = slice(start // copy.chunk_bytes, -(-stop // copy.chunk_bytes))
-            write = (copy, (copy.offset + start, data), copy.checksums[chunks])
-            self._transfer("write", [write])
-        copy.rows, copy.stored, copy.held = entry.rows, stored, held
-        if checksum is not None:
-            copy.checksums[(stored - 1) // copy.chunk_bytes] = checksum
+            data = self._read_bytes(entry, start, min(start + COPY_BYTES, stored))
+            self._write([(copy, (copy.offset + start, data))])
+        copy.rows, copy.stored, copy.held, copy.checksums = entry.rows, stored, held, checksums
+
+
+def wait_all(completions: Iterable[_core.Completion]) -> None:
+    """Waits for all of them, or until one fails."""
+    for completion in completions:
+        completion.wait()
 
 
 def drain(completions: Iterable[_core.Completion]) -> None:

@@ -393,6 +393,29 @@ def test_the_nth_io_fails_for_every_n(
     assert succeeded == len(faults)
 
 
+@pytest.mark.parametrize("n", [1, 70, 130])
+def test_of_a_batch_that_is_handed_over_in_parts_none_is_stored_or_returned(
+    store: dualblade.TensorStore, faulty: FaultDevice, n: int
+):
+    before = state_of(store)
+    alive = live()
+    arrays = {f"part {i}": noise(BLOCK, i) for i in range(130)}
+    faulty.fail_nth("write", "EIO", n)
+    with pytest.raises(DeviceError, match="EIO"):
+        store.put_many({**arrays, "a": noise(BLOCK, 200)})
+    faulty.clear()
+    assert live() == alive
+    assert state_of(store) == before
+    store.put_many(arrays)
+    faulty.fail_nth("read", "EIO", n)
+    with pytest.raises(DeviceError, match="EIO"):
+        store.get_many(arrays)
+    faulty.clear()
+    assert live() == alive
+    found = store.get_many(arrays)
+    assert all(np.array_equal(found[key], array) for key, array in arrays.items())
+
+
 def test_operations_do_what_they_should_without_faults(store: dualblade.TensorStore):
     """The oracle of the test above: what its operations are to leave behind."""
     for operation in ("append", "append_many", "truncate_many", "resize", "put_many"):

@@ -342,6 +342,18 @@ def test_flush_finishes_what_nobody_waited_for(store: dualblade.TensorStore) -> 
     assert store.stats()["paths"]["direct"]["in_flight"] == 0
 
 
+def test_wrong_memory_for_one_of_many_leaves_the_others_as_they_were(
+    store: dualblade.TensorStore,
+) -> None:
+    arrays = {f"{i}": noise(4096, i) for i in range(200)}
+    store.put_many(arrays)
+    outs = [np.zeros(4096, np.uint8) for _ in range(199)]
+    with pytest.raises(ValueError, match=r"\(4095,\)"):
+        store.get_many(arrays, out=[*outs, np.zeros(4095, np.uint8)])
+    assert not any(out.any() for out in outs)
+    assert store.stats()["operations_active"] == 0
+
+
 def test_a_failed_async_put_says_so_at_once(store: dualblade.TensorStore) -> None:
     with pytest.raises(dualblade.NoSpaceError):
         store.put_async("x", np.zeros(64 * MIB, np.uint8))
