@@ -66,6 +66,10 @@ class TensorStore(EntryTransfer):
         """Starts a put. The array's memory must stay as it is until the ticket is done."""
         return self._start_put({key: array}, group)
 
+    def put_many_async(self, arrays: Mapping[str, Any], *, group: str | None = None) -> Ticket:
+        """Starts a put_many. The arrays' memory must stay as it is until the ticket is done."""
+        return self._start_put(arrays, group)
+
     def get(self, key: str, out: Any = None) -> Any:
         """The array stored under a key: a new numpy array, or `out` with its content replaced.
 
@@ -76,6 +80,14 @@ class TensorStore(EntryTransfer):
 
     def get_many(self, keys: Iterable[str], out: Any = None) -> dict[str, Any]:
         """Many arrays at once, by key. `out`: a mapping from key, or a sequence beside `keys`."""
+        return self.get_many_async(keys, out).result()
+
+    def get_async(self, key: str, out: Any = None) -> Ticket:
+        """Starts a get; the ticket's result is the array."""
+        return self._start_get([(key, None, None, out)], lambda arrays: arrays[0])
+
+    def get_many_async(self, keys: Iterable[str], out: Any = None) -> Ticket:
+        """Starts a get_many; the ticket's result is the dict."""
         keys = list(keys)
         if out is None:
             outs = [None] * len(keys)
@@ -86,11 +98,7 @@ class TensorStore(EntryTransfer):
             if len(outs) != len(keys):
                 raise ValueError(f"out has {len(outs)} arrays for {len(keys)} keys")
         wanted = [(key, None, None, array) for key, array in zip(keys, outs, strict=True)]
-        return dict(zip(keys, self._start_get(wanted).result(), strict=True))
-
-    def get_async(self, key: str, out: Any = None) -> Ticket:
-        """Starts a get; the ticket's result is the array."""
-        return self._start_get([(key, None, None, out)], lambda arrays: arrays[0])
+        return self._start_get(wanted, lambda arrays: dict(zip(keys, arrays, strict=True)))
 
     def reserve(
         self, key: str, shape: Sequence[int], dtype: Any, *, group: str | None = None

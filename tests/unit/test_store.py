@@ -342,6 +342,26 @@ def test_flush_finishes_what_nobody_waited_for(store: dualblade.TensorStore) -> 
     assert store.stats()["paths"]["direct"]["in_flight"] == 0
 
 
+def test_tickets_of_batches(store: dualblade.TensorStore) -> None:
+    arrays = {f"{i}": noise(100 + i, i) for i in range(200)}
+    put = store.put_many_async(arrays, group="g")
+    outs = {key: np.empty_like(array) for key, array in arrays.items()}
+    get = store.get_many_async(arrays, out=outs)  # waits for the put: its keys are not there yet
+    assert put.done()
+    assert put.result() is None
+    found = get.result()
+    assert list(found) == list(arrays)
+    for key, array in arrays.items():
+        assert found[key] is outs[key]
+        np.testing.assert_array_equal(found[key], array)
+    assert store.info("7").group == "g"
+    with pytest.raises(ValueError, match="1 arrays for 2 keys"):
+        store.get_many_async(["1", "2"], out=[outs["1"]])
+    with pytest.raises(dualblade.KeyNotFoundError, match="'x'"):
+        store.get_many_async(["1", "x"])
+    assert store.stats()["operations_active"] == 0
+
+
 def test_wrong_memory_for_one_of_many_leaves_the_others_as_they_were(
     store: dualblade.TensorStore,
 ) -> None:
