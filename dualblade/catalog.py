@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import json
 import os
 import sqlite3
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dualblade._core import checksum
 from dualblade.errors import (
@@ -335,23 +336,39 @@ def _check_identity(connection: sqlite3.Connection, path: Path, store_id: str) -
 
 
 def _row(record: Record) -> tuple[object, ...]:
-    row = (*record[:2], json.dumps(record.shape), *record[3:])
+    row = (record[0], record[1], _shape_as_text(record[2]), *record[3:])
     return (*row, _digest(row))
 
 
-def _record(row: tuple[object, ...], path: Path) -> Record:
-    *columns, digest = row
-    if _digest(columns) != digest:
-        key = columns[0]
+def _record(row: tuple[Any, ...], path: Path) -> Record:
+    if _digest(row[:-1]) != row[-1]:
         raise _translated(
-            sqlite3.DatabaseError(f"the entry of {key!r} does not match its checksum"), path, "read"
+            sqlite3.DatabaseError(f"the entry of {row[0]!r} does not match its checksum"),
+            path,
+            "read",
         )
-    record = Record._make(columns)
-    return record._replace(shape=tuple(json.loads(record.shape)))  # type: ignore[arg-type]
+    key, dtype, shape, rows, offset, length, stored_bytes, checksums, group, last_path, _ = row
+    shape = _shape_of_text(shape)
+    return Record(
+        key, dtype, shape, rows, offset, length, stored_bytes, checksums, group, last_path
+    )
 
 
-def _digest(row: Sequence[object]) -> bytes:
-    return checksum(repr(tuple(row)).encode()).to_bytes(8, "little")
+# The tensors of a store come in few shapes.
+
+
+@functools.lru_cache(maxsize=1024)
+def _shape_as_text(shape: tuple[int, ...]) -> str:
+    return json.dumps(shape)
+
+
+@functools.lru_cache(maxsize=1024)
+def _shape_of_text(text: str) -> tuple[int, ...]:
+    return tuple(json.loads(text))
+
+
+def _digest(row: tuple[object, ...]) -> bytes:
+    return checksum(repr(row).encode()).to_bytes(8, "little")
 
 
 # SQLite's own words for its result codes, which Python before 3.11 does not pass on.

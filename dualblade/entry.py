@@ -68,9 +68,8 @@ class Entry:
     """A tensor of the store, as what is on the device and what is held back in memory.
 
     Its bytes [0, stored) are on the device, covered by `checksums`; the bytes after these, fewer
-    than a block, are in `held`. A reader that has taken `rows`, `stored`, `held` and a copy of its
-    checksums under the store's lock needs nothing more of the entry, so rows can be appended while
-    it reads. Of an entry without room for more rows it need not even copy.
+    than a block, are in `held`. A reader that has taken `rows`, `stored`, `held` and `checksums`
+    under the store's lock needs nothing more of the entry, so rows can be appended while it reads.
     """
 
     __slots__ = (
@@ -97,7 +96,7 @@ class Entry:
         self.offset = 0
         """Of the extent, on the device in bytes."""
         self.stored = 0
-        self.checksums = bytearray()
+        self.checksums = b""
         """A uint64 for each chunk of what is on the device, in the machine's byte order."""
         self.held = b""
         self.tail: _core.Tail | None = None
@@ -135,9 +134,10 @@ class Entry:
         )
 
 
-def take_checksums(entries: Iterable[Entry], checksums: bytearray) -> None:
+def take_checksums(entries: Iterable[Entry], checksums: bytes | bytearray) -> None:
     """Gives full entries, which have been written, their part of the checksums of all."""
     start = 0
+    checksums = bytes(checksums)
     for entry in entries:
         stop = start + entry.layout.checksums_bytes
         entry.checksums = checksums[start:stop]
@@ -152,7 +152,7 @@ class ReadPlan:
     def __init__(self, verify: bool) -> None:
         self.verify = verify
         self.requests: list[tuple[int, Any]] = []
-        self.checksums: list[bytes | bytearray] = []
+        self.checksums: list[bytes] = []
         """Of each request, if they are to be compared."""
         self.finish: list[Callable[[], None]] = []
 
@@ -193,7 +193,6 @@ class ReadPlan:
         first = start // entry.layout.chunk_bytes
         last = -(-stop // entry.layout.chunk_bytes)
         self.requests.append((entry.offset + start, memory))
-        # A copy: an append may renew the last one while this reads.
         self.checksums.append(entry.checksums[first * CHECKSUM_BYTES : last * CHECKSUM_BYTES])
 
     def _add_edge(self, entry: Entry, start: int, stop: int, out: memoryview, unit: int) -> None:

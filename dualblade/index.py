@@ -3,14 +3,16 @@ was last saved. The store's lock guards every call."""
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dualblade import _core
 from dualblade.catalog import Catalog, Record
-from dualblade.entry import CHECKSUM_BYTES, Entry, layout_of, round_up
+from dualblade.entry import CHECKSUM_BYTES, Entry, layout_of
 from dualblade.errors import CorruptionError, KeyNotFoundError, NoSpaceError
 from dualblade.memory import format_size
 from dualblade.residency import Residency
@@ -78,14 +80,9 @@ class Index:
         sizes = [entry.layout.extent_bytes for entry in entries]
         offsets = self._allocate_run(sizes) if one_run else self._allocate_each(sizes)
         self._used_bytes += sum(sizes)
-        by_group: dict[str, list[int]] = {}
-        for entry, offset, size in zip(entries, offsets, sizes, strict=True):
+        for entry, offset in zip(entries, offsets, strict=True):
             entry.offset = offset
-            if entry.group in by_group:
-                by_group[entry.group].append(size)
-            else:
-                by_group[entry.group] = [size]
-        residency.add_all(by_group)
+        residency.add(zip([entry.group for entry in entries], sizes, strict=True))
 
     def _allocate_run(self, sizes: Sequence[int]) -> list[int]:
         total = sum(sizes)
@@ -210,7 +207,7 @@ class Index:
         """
         layout = entry.layout
         nbytes = entry.nbytes
-        checksums = bytes(entry.checksums)
+        checksums = entry.checksums
         if last_checksum is not None:
             whole = (nbytes - 1) // layout.chunk_bytes * CHECKSUM_BYTES
             checksums = checksums[:whole] + last_checksum.to_bytes(CHECKSUM_BYTES, sys.byteorder)
@@ -229,42 +226,40 @@ class Index:
 
     def load(self, catalog: Catalog, residency: Residency) -> None:
         """Takes in what a catalog has saved. CorruptionError if it contradicts itself."""
-        groups: dict[str, list[int]] = {}
-        for record in catalog.records():
-            self._load_record(record, catalog)
-            groups.setdefault(record.group, []).append(record.length)
-        for group, sizes in groups.items():
-            residency.add(group, sizes)
+        with _collector_paused():
+            tensors = [self._load_record(record, catalog) for record in catalog.records()]
+            residency.add(tensors)
 
-    def _load_record(self, record: Record, catalog: Catalog) -> None:
-        layout = layout_of(record.shape, record.dtype, self.chunk_bytes)
-        entry = Entry(record.key, layout, record.group, record.rows)
-        entry.offset = record.offset
-        entry.stored = record.stored_bytes
-        entry.checksums = bytearray(little_endian(record.checksums))
-        chunks = round_up(record.stored_bytes, self.chunk_bytes) // self.chunk_bytes
+    def _load_record(self, record: Record, catalog: Catalog) -> tuple[str, int]:
+        """Takes in one; its group and the bytes that it takes."""
+        key, dtype, shape, rows, offset, length, stored, checksums, group, _ = record
+        layout = layout_of(shape, dtype, self.chunk_bytes)
         if (
-            entry.stored != entry.nbytes
-            or entry.rows > layout.rows
-            or record.length != layout.extent_bytes
-            or len(entry.checksums) != chunks * CHECKSUM_BYTES
-            or record.key in self.entries
+            rows > layout.rows
+            or stored != rows * layout.row_bytes
+            or length != layout.extent_bytes
+            or len(checksums) != -(-stored // self.chunk_bytes) * CHECKSUM_BYTES
+            or key in self.entries
         ):
             raise CorruptionError(
-                f"the catalog {catalog.path} contradicts itself about tensor {record.key!r}: "
+                f"the catalog {catalog.path} contradicts itself about tensor {key!r}: "
                 f"restore it from a backup, or start anew with format=True"
             )
         try:
-            if record.length:
-                self.extents.reserve(record.offset, record.length)
+            if length:
+                self.extents.reserve(offset, length)
         except (ValueError, OSError) as error:
             raise CorruptionError(
-                f"the catalog {catalog.path} gives tensor {record.key!r} a place that is another "
+                f"the catalog {catalog.path} gives tensor {key!r} a place that is another "
                 f"tensor's or outside the store: restore it from a backup, or start anew with "
                 f"format=True"
             ) from error
-        self._used_bytes += record.length
-        self.entries[record.key] = entry
+        entry = self.entries[key] = Entry(key, layout, group, rows)
+        entry.offset = offset
+        entry.stored = stored
+        entry.checksums = little_endian(checksums)
+        self._used_bytes += length
+        return group, length
 
     def check(self) -> list[str]:
         """What is wrong between entries and extents, a sentence each."""
@@ -285,6 +280,19 @@ class Index:
             if offset + size > after:
                 problems.append(f"tensors {key!r} and {other!r} overlap at byte {after}")
         return problems
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """While many objects are made that all stay: Python's collector would go over all of them again
+    and again, and find nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def little_endian(checksums: bytes) -> bytes:

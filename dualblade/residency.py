@@ -11,7 +11,7 @@ Here is the bookkeeping alone: the store moves groups, and holds its lock around
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,29 +65,26 @@ class Residency:
                 taken_bytes += size_bytes
         return found
 
-    def add(self, group: str, sizes_bytes: Sequence[int]) -> None:
-        """Accounts tensors to a group, which is bound if it is new.
+    def add(self, tensors: Iterable[tuple[str, int]]) -> None:
+        """Accounts tensors, `(group, bytes)`, to their groups, and binds those that are new.
 
-        A group stays on its path as it grows: ask `crowded` first and move those.
+        New groups take the room left over by the known ones, which stay on their path as they grow:
+        ask `crowded` first and move those.
         """
-        total_bytes = sum(sizes_bytes)
-        bound = self.groups.get(group)
-        if bound is None:
-            cached = self.policy != "direct" and self.fits(total_bytes)
-            bound = self.groups[group] = Group("pagecache" if cached else "direct")
-        bound.size_bytes += total_bytes
-        bound.tensors += len(sizes_bytes)
-        if bound.path == "pagecache":
-            self.pagecache_bytes += total_bytes
-
-    def add_all(self, sizes_bytes: Mapping[str, Sequence[int]]) -> None:
-        """`add` for each group: those that are bound first, and new ones take the room left."""
-        known = self.groups.keys() & sizes_bytes.keys()
-        for group in known:
-            self.add(group, sizes_bytes[group])
-        for group, sizes in sizes_bytes.items():
-            if group not in known:
-                self.add(group, sizes)
+        new: dict[str, Group] = {}
+        for name, size_bytes in tensors:
+            group = self.groups.get(name) or new.get(name)
+            if group is None:
+                group = new[name] = Group("direct")
+            elif group.path == "pagecache":
+                self.pagecache_bytes += size_bytes
+            group.size_bytes += size_bytes
+            group.tensors += 1
+        for group in new.values():
+            if self.policy != "direct" and self.fits(group.size_bytes):
+                group.path = "pagecache"
+                self.pagecache_bytes += group.size_bytes
+        self.groups.update(new)
 
     def remove(self, group: str, size_bytes: int) -> None:
         """Takes one tensor off a group; without any, the group is forgotten."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from dualblade import _core, tensor
 from dualblade.access import IS_EXCLUSIVE, inside, rows_of
-from dualblade.catalog import Catalog
+from dualblade.catalog import Catalog, Record
 from dualblade.entry import Entry, Layout, ReadPlan, TensorInfo, layout_of, take_checksums
 from dualblade.errors import CorruptionError, DeviceError, KeyNotFoundError, UnsupportedError
 from dualblade.index import Index
@@ -268,7 +268,7 @@ class TensorStore(EntryTransfer):
             version = self._index.version
             changed, deleted = self._index.take_changes()
         try:
-            records = [record for key in changed if (record := self._persist(key)) is not None]
+            records = self._persist_all(changed)
             self._device.flush()
             with self._lock:
                 is_clean = version == self._index.version
@@ -637,7 +637,23 @@ class TensorStore(EntryTransfer):
             except KeyNotFoundError:
                 continue  # deleted meanwhile
 
-    def _persist(self, key: str) -> Any:
+    def _persist_all(self, keys: Iterable[str]) -> list[Record]:
+        """Writes what is held back of tensors; the records of those that are not gone."""
+        records: list[Record | None] = []
+        entries = self._index.entries
+        for key in keys:
+            with self._lock:
+                entry = entries.get(key)
+                if entry is None:
+                    continue
+                is_busy = entry.is_appending or entry.is_exclusive
+                if not is_busy and not entry.held:
+                    records.append(self._index.record(entry, self._residency, None))
+                    continue
+            records.append(self._persist(key))
+        return [record for record in records if record is not None]
+
+    def _persist(self, key: str) -> Record | None:
         """Writes what is held back of a tensor; its record, or None if it is gone."""
         try:
             with self._appending([key]) as (entry,):

@@ -145,17 +145,19 @@ class EntryTransfer(EntryAccess):
             tail_write = tail.append(part.data)
             for offset, data in tail_write.requests:
                 writes.append((entry, (entry.offset + offset, data)))
-            checksums = tail_write.digests.tobytes()
-            first = tail_write.first_chunk * CHECKSUM_BYTES if checksums else len(entry.checksums)
+            checksums = entry.checksums
+            if len(tail_write.digests):
+                whole = checksums[: tail_write.first_chunk * CHECKSUM_BYTES]
+                checksums = whole + tail_write.digests.tobytes()
             held = bytes(tail.block()[: tail.held])
             rows = entry.rows + part.shape[0]
-            ends.append((entry, tail, first, checksums, tail.stored, held, rows))
+            ends.append((entry, tail, checksums, tail.stored, held, rows))
         self._write(writes)
         with self._lock:
-            for entry, tail, first, checksums, stored, held, rows in ends:
+            for entry, tail, checksums, stored, held, rows in ends:
                 self._index.changed(entry)
                 # Assignments alone: no interrupt comes between them.
-                entry.checksums[first:] = checksums
+                entry.checksums = checksums
                 entry.stored, entry.held, entry.rows, entry.tail = stored, held, rows, tail
 
     def _tail_of(self, entry: Entry) -> _core.Tail:
@@ -174,10 +176,10 @@ class EntryTransfer(EntryAccess):
         entry.tail = tail
         return tail
 
-    def _cut(self, entry: Entry, nbytes: int) -> tuple[int, bytes, bytearray]:
+    def _cut(self, entry: Entry, nbytes: int) -> tuple[int, bytes, bytes]:
         """(stored, held, checksums) of an entry that keeps `nbytes` bytes."""
         if nbytes >= entry.stored and entry.stored % _core.BLOCK_BYTES == 0:
-            return entry.stored, entry.held[: nbytes - entry.stored], entry.checksums[:]
+            return entry.stored, entry.held[: nbytes - entry.stored], entry.checksums
         chunk_bytes = entry.layout.chunk_bytes
         stored = nbytes // _core.BLOCK_BYTES * _core.BLOCK_BYTES
         first = stored // chunk_bytes * chunk_bytes
@@ -191,7 +193,7 @@ class EntryTransfer(EntryAccess):
             )
         return stored, bytes(chunk[stored - first : nbytes - first]), checksums
 
-    def _set_end(self, entry: Entry, stored: int, held: bytes, checksums: bytearray) -> None:
+    def _set_end(self, entry: Entry, stored: int, held: bytes, checksums: bytes) -> None:
         entry.stored, entry.held, entry.checksums, entry.tail = stored, held, checksums, None
         self._index.changed(entry)
 

@@ -60,7 +60,7 @@ def test_the_accounts_are_right_and_the_budget_is_kept(steps: list[Any], policy:
         elif action in ("add", "grow"):
             for name in residency.crowded({group: size}):
                 residency.move(name, "direct")
-            residency.add(group, [size])
+            residency.add([(group, size)])
             model.setdefault(group, []).append(size)
         assert {name: sum(sizes) for name, sizes in model.items()} == {
             name: bound.size_bytes for name, bound in residency.groups.items()
@@ -78,7 +78,7 @@ def test_the_accounts_are_right_and_the_budget_is_kept(steps: list[Any], policy:
 def test_groups_that_grow_together_are_crowded_together() -> None:
     residency = Residency("dual", 100)
     for group in "abc":
-        residency.add(group, [20])
+        residency.add([(group, 20)])
     assert residency.crowded({"a": 20, "b": 20}) == []
     assert residency.crowded({"a": 30, "b": 30}) == ["b"]
     assert residency.crowded({"a": 50, "b": 10}) == ["a"]
