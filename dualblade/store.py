@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from dualblade import _core, tensor
 from dualblade.access import IS_EXCLUSIVE, inside, rows_of
 from dualblade.catalog import Catalog, Record
@@ -556,12 +554,11 @@ class TensorStore(EntryTransfer):
             shape = (last - first, *shape[1:])
         begin, end = first * layout.row_bytes, last * layout.row_bytes
         if out is None:
-            memory = _core.aligned_empty(end - begin, np.uint8)
+            memory = memoryview(_core.Buffer(end - begin))
             out = tensor.from_bytes(memory, shape, layout.dtype)
-            view = memoryview(memory)
         else:
-            view, _ = tensor.writable_bytes(out, shape, layout.dtype)
-        plan.add(entry, begin, end, view)
+            memory, _ = tensor.writable_bytes(out, shape, layout.dtype)
+        plan.add(entry, begin, end, memory)
         return out
 
     def _check_tensor(self, key: str) -> None:
