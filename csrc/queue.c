@@ -34,6 +34,11 @@ enum {
      * in the kernel costs as much as several requests. */
     REAP_LEAST_MAX = 16,
     REAP_LEAST_OF = 8,
+    /* Of reads whose bytes are looked at when they arrive, so many are at the device at most: the
+     * next go out before those are looked at. Some drives tell of all they have been given at once,
+     * when they have run out of work, and a queue that gave them everything would be left with all
+     * of the looking at the end. It is more than a fast drive moves in two milliseconds. */
+    UNSEEN_BYTES_MAX = 16 << 20,
     REAP_MAX = 64,
     SLOT_BYTES = 256 << 10, /* of staging, or one chunk where that is more */
     RETRIES_MAX = 64,    /* of a request that moved nothing: EINTR, EAGAIN, less than a block */
@@ -58,6 +63,9 @@ struct db_queue {
      * they bring, but not for ever. */
     struct db_batch *pending[2], **pending_end[2];
     uint32_t reads_in_row;
+    /* Of reads at the device that finish() has work with. */
+    uint64_t unseen_bytes;
+    uint32_t unseen_count;
     struct db_request_size sizes[2];
 
     uint8_t *staging;
@@ -114,6 +122,11 @@ static void finish(struct db_request *request, void *context)
             return;
         }
     }
+}
+
+static bool needs_finish(const struct db_request *request)
+{
+    return request->direction == DB_READ && (request->checksums || request->staging);
 }
 
 /* ---- carving (lock held) --------------------------------------------------------------------- */
@@ -223,12 +236,21 @@ static struct db_request *carve_from(struct db_queue *queue, enum db_direction d
     return NULL;
 }
 
+static bool has_enough_unseen(const struct db_queue *queue)
+{
+    return queue->unseen_bytes >= UNSEEN_BYTES_MAX ||
+           (queue->unseen_count > 0 && queue->unseen_count >= queue->config.depth / 2);
+}
+
 static struct db_request *carve_next(struct db_queue *queue)
 {
     enum db_direction first = queue->reads_in_row < READS_IN_ROW_MAX ? DB_READ : DB_WRITE;
-    struct db_request *request = carve_from(queue, first);
-    if (!request)
-        request = carve_from(queue, first == DB_READ ? DB_WRITE : DB_READ);
+    struct db_request *request = NULL;
+    for (int i = 0; i < 2 && !request; i++) {
+        enum db_direction direction = i == 0 ? first : !first;
+        if (direction == DB_WRITE || !has_enough_unseen(queue))
+            request = carve_from(queue, direction);
+    }
     if (!request)
         return NULL;
     bool passed_writes = request->direction == DB_READ && queue->pending[DB_WRITE];
@@ -249,6 +271,10 @@ static uint32_t carve_some(struct db_queue *queue, struct db_request **out)
         if (!request)
             break;
         bytes += request->length;
+        if (needs_finish(request)) {
+            queue->unseen_bytes += request->length;
+            queue->unseen_count++;
+        }
         out[count++] = request;
     }
     return count;
@@ -410,6 +436,22 @@ static void measure(struct db_queue *queue, const struct moved *moved)
     }
 }
 
+/* What the engine has given back is no longer at the device, so more can be sent there. Whether
+ * finish() has work with any of it. */
+static bool count_seen(struct db_queue *queue, struct db_request *const *done, int count)
+{
+    bool has_work = false;
+    for (int i = 0; i < count; i++) {
+        if (!needs_finish(done[i]))
+            continue;
+        assert(queue->unseen_count > 0 && queue->unseen_bytes >= done[i]->length);
+        queue->unseen_bytes -= done[i]->length;
+        queue->unseen_count--;
+        has_work = true;
+    }
+    return has_work;
+}
+
 /* How many completions are worth waiting for, to a thread that waits for this batch alone. */
 static uint32_t least_to_reap(const struct db_queue *queue, const struct db_batch *batch)
 {
@@ -431,10 +473,14 @@ static int lead(struct db_queue *queue, const struct db_batch *batch, int64_t ti
         timeout_ns = REAP_SLICE_NS;
     pthread_mutex_unlock(&queue->lock);
     int count = queue->config.engine->reap(queue->engine, done, least, REAP_MAX, timeout_ns);
-    if (!queue->config.engine->has_threads)
+    pthread_mutex_lock(&queue->lock);
+    if (count_seen(queue, done, count) && !queue->config.engine->has_threads) {
+        pump(queue);
+        pthread_mutex_unlock(&queue->lock);
         for (int i = 0; i < count; i++)
             finish(done[i], queue);
-    pthread_mutex_lock(&queue->lock);
+        pthread_mutex_lock(&queue->lock);
+    }
     queue->has_leader = false;
     struct moved moved = {0};
     for (int i = 0; i < count; i++) {
