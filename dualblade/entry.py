@@ -114,6 +114,11 @@ class Entry:
         return (self.rows, *self.layout.shape[1:]) if self.layout.shape else ()
 
     @property
+    def is_full(self) -> bool:
+        """All of it is on the device, so that it will not grow."""
+        return self.stored == self.layout.nbytes
+
+    @property
     def nbytes(self) -> int:
         """Bytes of what is stored now, those held back included."""
         return self.rows * self.layout.row_bytes

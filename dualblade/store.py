@@ -22,7 +22,9 @@ from dualblade.index import Index
 from dualblade.memory import format_size
 from dualblade.residency import PathName, Residency
 from dualblade.ticket import Ticket
-from dualblade.transfer import COPY_BYTES, EntryTransfer, drain
+from dualblade.transfer import COPY_BYTES, SUBMIT_REQUESTS, EntryTransfer, drain
+
+IS_FULL = operator.attrgetter("is_full")
 
 
 class TensorStore(EntryTransfer):
@@ -77,7 +79,10 @@ class TensorStore(EntryTransfer):
         return self._start_get([(key, None, None, out)]).result()[0]
 
     def get_many(self, keys: Iterable[str], out: Any = None) -> dict[str, Any]:
-        """Many arrays at once, by key. `out`: a mapping from key, or a sequence beside `keys`."""
+        """Many arrays at once, by key. `out`: a mapping from key, or a sequence beside `keys`.
+
+        Nothing is read if a key is unknown. After any other error `out` may hold anything.
+        """
         return self.get_many_async(keys, out).result()
 
     def get_async(self, key: str, out: Any = None) -> Ticket:
@@ -496,15 +501,13 @@ class TensorStore(EntryTransfer):
         keys = [key for key, *_ in wanted]
         with self._starting(keys):
             entries = self._wait_for(keys, IS_EXCLUSIVE)
-            verify = self._verify == "always"
-            plans = {path: ReadPlan(verify) for path in self._paths}
-            groups = self._residency.groups
-            arrays = [
-                self._plan_read(plans[groups[entry.group].path], entry, start, stop, out)
-                for entry, (_, start, stop, out) in zip(entries, wanted, strict=True)
-            ]
             for entry in entries:
                 entry.users += 1
+            # What can grow is read as it is at one moment; of the rest the device gets a part while
+            # the next is planned.
+            part = SUBMIT_REQUESTS if all(map(IS_FULL, entries)) else max(1, len(entries))
+        arrays: list[Any] = []
+        copies: list[Callable[[], None]] = []
         completions: list[_core.Completion] = []
 
         def finish(error: BaseException | None) -> Any:
@@ -512,9 +515,8 @@ class TensorStore(EntryTransfer):
                 try:
                     if error is not None:
                         self._raise(error, entries)
-                    for plan in plans.values():
-                        for copy in plan.finish:
-                            copy()
+                    for copy in copies:
+                        copy()
                     return shape_result(arrays)
                 finally:
                     self._release(entries)
@@ -522,7 +524,12 @@ class TensorStore(EntryTransfer):
 
         ticket = Ticket(completions, finish)
         try:
-            self._start_reads(plans, completions)
+            for first in range(0, len(entries), part):
+                some = slice(first, first + part)
+                plans = self._plan_reads(entries[some], wanted[some], arrays)
+                self._start_reads(plans, completions)
+                for plan in plans.values():
+                    copies += plan.finish
             self._register(ticket)
         except BaseException:
             if not self._goes_on(ticket):
@@ -532,6 +539,22 @@ class TensorStore(EntryTransfer):
             raise
         return ticket
 
+    def _plan_reads(
+        self,
+        entries: Sequence[Entry],
+        wanted: Sequence[tuple[str, int | None, int | None, Any]],
+        arrays: list[Any],
+    ) -> dict[PathName, ReadPlan]:
+        """Plans how entries that the caller holds are read into `arrays`, which it adds to."""
+        verify = self._verify == "always"
+        plans = {path: ReadPlan(verify) for path in self._paths}
+        with self._lock:
+            groups = self._residency.groups
+            for entry, (_, start, stop, out) in zip(entries, wanted, strict=True):
+                plan = plans[groups[entry.group].path]
+                arrays.append(self._plan_read(plan, entry, start, stop, out))
+        return plans
+
     def _plan_read(
         self, plan: ReadPlan, entry: Entry, start: int | None, stop: int | None, out: Any
     ) -> Any:
@@ -539,8 +562,7 @@ class TensorStore(EntryTransfer):
         layout = entry.layout
         shape = layout.shape
         is_whole = start is None and stop is None
-        is_full = entry.stored == layout.nbytes
-        if is_whole and is_full and tensor.takes_bytes(out, shape, layout.dtype):
+        if is_whole and entry.is_full and tensor.takes_bytes(out, shape, layout.dtype):
             plan.add_whole(entry, out)
             return out
         first, last = 0, entry.rows
