@@ -73,7 +73,9 @@ int main(int argc, char **argv)
         .read_only = true,
     };
     struct db_device *device;
-    int rc = db_device_open(argv[1], &options, &device);
+    const char *path = argv[1];
+    uint32_t failed;
+    int rc = db_device_open(&path, 1, &options, &failed, &device);
     if (rc)
         return fail(argv[2], rc);
     void *memory;

@@ -1,35 +1,25 @@
-/* device.c - one file or block device: opened once, locked, and reached on two paths.
+/* device.c - one or several files or block devices, as one run of bytes that two paths reach.
  *
- * Both paths are file descriptors of the same file, one with O_DIRECT and one without, each with a
- * queue of its own. A fork leaves the parent's device alone: the child's copies of the descriptors
- * are closed in the child as it starts, and every call there says -ECHILD. */
+ * Each path has one queue for all members, so that one thread submits to all drives and reaps from
+ * them in one crossing. A fork leaves the parent's device alone: the child's copies of the
+ * descriptors are closed in the child as it starts, and every call there says -ECHILD. */
 #define _GNU_SOURCE
 #include "counters.h"
-#include "geometry.h"
+#include "member.h"
 #include "queue.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <linux/falloc.h>
-#include <linux/fs.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/file.h>
-#include <sys/ioctl.h>
-#include <sys/stat.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-
-#ifndef SYS_cachestat
-#define SYS_cachestat 451
-#endif
 
 enum {
     ENGINE_COUNT = DB_ENGINE_THREADS + 1,
     DEPTH_MAX = 4096,
+    DEPTH_SUM_MAX = 16384, /* of all members: twice this is what an io_uring has at most */
     THREADS_MAX = 64,
+    THREADS_SUM_MAX = 256,
     /* A copy is spread over threads, and its checksum finds it in the processor's cache. */
     PAGECACHE_REQUEST_BYTES = 256 << 10,
 };
@@ -37,11 +27,12 @@ enum {
 struct db_device {
     struct db_geometry geometry;
     struct db_device_options options;
-    int direct_fd, buffered_fd;
+    struct db_stripes stripes;
     struct db_queue *queues[DB_PATH_COUNT];
     int refusals[ENGINE_COUNT];
     _Atomic bool is_forked; /* this is the child's copy */
     struct db_device *next, **link;
+    struct db_member members[];
 };
 
 /* ---- fork ------------------------------------------------------------------------------------ */
@@ -63,8 +54,8 @@ static void after_fork_in_child(void)
 {
     for (struct db_device *device = devices; device; device = device->next) {
         device->is_forked = true;
-        close(device->direct_fd);
-        close(device->buffered_fd);
+        for (uint32_t i = 0; i < device->stripes.member_count; i++)
+            db_member_abandon(&device->members[i]);
         for (int path = 0; path < DB_PATH_COUNT; path++)
             db_queue_abandon(device->queues[path]);
     }
@@ -101,45 +92,75 @@ static void unlist_device(struct db_device *device)
 
 /* ---- open ------------------------------------------------------------------------------------ */
 
-static int check_options(const struct db_device_options *options)
+static uint32_t least(uint32_t a, uint32_t b)
+{
+    return a < b ? a : b;
+}
+
+static bool is_power_of_two(uint64_t value)
+{
+    return value > 0 && (value & (value - 1)) == 0;
+}
+
+static int check_options(const struct db_device_options *options, uint32_t path_count)
 {
     bool sane = (int)options->engine < ENGINE_COUNT && options->queue_depth >= 1 &&
                 options->queue_depth <= DEPTH_MAX && options->threads >= 1 &&
                 options->threads <= THREADS_MAX && options->chunk_bytes >= DB_BLOCK_BYTES &&
-                (options->chunk_bytes & (options->chunk_bytes - 1)) == 0 &&
+                is_power_of_two(options->chunk_bytes) &&
                 options->request_bytes % options->chunk_bytes == 0 &&
                 options->request_bytes <= (1u << 30) &&
                 options->staging_bytes >= options->chunk_bytes;
-    return sane ? 0 : -EINVAL;
+    bool is_striped = path_count > 1;
+    bool fits = path_count >= 1 && path_count <= DB_MEMBERS_MAX &&
+                (!is_striped || (is_power_of_two(options->stripe_bytes) &&
+                                 options->stripe_bytes >= options->chunk_bytes));
+    return sane && fits ? 0 : -EINVAL;
 }
 
-/* Opens both descriptors. The buffered one carries the locks. */
-static int open_descriptors(struct db_device *device, const char *path)
+static bool is_same(const struct db_member *a, const struct db_member *b)
 {
-    struct stat status;
-    int access = device->options.read_only ? O_RDONLY : O_RDWR;
-    if (stat(path, &status) < 0)
-        return -errno;
-    if (S_ISDIR(status.st_mode))
-        return -EISDIR;
-    if (!S_ISREG(status.st_mode) && !S_ISBLK(status.st_mode))
-        return -ENOTBLK;
-    device->geometry.is_block_device = S_ISBLK(status.st_mode);
-    /* On a block device O_EXCL without O_CREAT asks the kernel: not mounted, not held. */
-    int exclusive = S_ISBLK(status.st_mode) && !device->options.read_only ? O_EXCL : 0;
-    device->buffered_fd = open(path, access | exclusive | O_CLOEXEC);
-    if (device->buffered_fd < 0)
-        return -errno;
-    if (flock(device->buffered_fd, (device->options.read_only ? LOCK_SH : LOCK_EX) | LOCK_NB) < 0)
-        return -errno;
-    /* No readahead: what lies behind a page-cached extent is another's, and mostly direct. Requests
-     * are large enough to do without; if the advice is not taken, nothing but memory is lost. */
-    posix_fadvise(device->buffered_fd, 0, 0, POSIX_FADV_RANDOM);
-    device->direct_fd = open(path, access | O_DIRECT | O_CLOEXEC);
-    return device->direct_fd >= 0 || errno == EINVAL ? 0 : -errno;
+    return a->device == b->device && a->inode == b->inode &&
+           a->geometry.is_block_device == b->geometry.is_block_device;
 }
 
-static struct db_queue_config configure(const struct db_device *device, enum db_path path)
+static void join_geometries(struct db_device *device)
+{
+    uint32_t count = device->stripes.member_count;
+    struct db_geometry *all = &device->geometry;
+    *all = device->members[0].geometry;
+    for (uint32_t i = 1; i < count; i++)
+        db_geometry_join(all, &device->members[i].geometry);
+    if (count > 1)
+        all->size_bytes = all->size_bytes / device->stripes.unit_bytes *
+                          device->stripes.unit_bytes * count;
+}
+
+/* Opens every member. Their own locks would call one that is given twice another process's. */
+static int open_members(struct db_device *device, const char *const *paths, uint32_t path_count,
+                        uint32_t *failed)
+{
+    for (uint32_t i = 0; i < path_count; i++) {
+        struct db_member *member = &device->members[i];
+        *failed = i;
+        int rc = db_member_identify(paths[i], member);
+        device->stripes.member_count = i + 1;
+        for (uint32_t k = 0; !rc && k < i; k++)
+            if (is_same(&device->members[k], member))
+                rc = -ENOTUNIQ;
+        if (!rc)
+            rc = db_member_open(paths[i], device->options.read_only, member);
+        if (!rc && path_count > 1 && member->geometry.size_bytes < device->stripes.unit_bytes)
+            rc = -EINVAL;
+        if (rc)
+            return rc;
+    }
+    *failed = path_count;
+    return 0;
+}
+
+static struct db_queue_config configure(const struct db_device *device, enum db_path path,
+                                        int fds[DB_MEMBERS_MAX])
 {
     const struct db_device_options *options = &device->options;
     bool direct = path == DB_PATH_DIRECT && device->geometry.has_direct;
@@ -147,11 +168,17 @@ static struct db_queue_config configure(const struct db_device *device, enum db_
     if (request_bytes == 0 && path == DB_PATH_PAGECACHE)
         request_bytes = PAGECACHE_REQUEST_BYTES > options->chunk_bytes ? PAGECACHE_REQUEST_BYTES
                                                                        : options->chunk_bytes;
+    uint32_t count = device->stripes.member_count;
+    uint32_t depth = least(count * options->queue_depth, DEPTH_SUM_MAX);
+    uint32_t threads = least(count * options->threads, THREADS_SUM_MAX);
+    for (uint32_t i = 0; i < count; i++)
+        fds[i] = direct ? device->members[i].direct_fd : device->members[i].buffered_fd;
     return (struct db_queue_config){
         .engine = &db_engine_threads,
-        .fd = direct ? device->direct_fd : device->buffered_fd,
-        .depth = path == DB_PATH_DIRECT ? options->queue_depth : 4 * options->threads,
-        .threads = options->threads,
+        .fds = fds,
+        .stripes = device->stripes,
+        .depth = path == DB_PATH_DIRECT ? depth : 4 * threads,
+        .threads = threads,
         .chunk_bytes = options->chunk_bytes,
         .request_bytes = request_bytes,
         .lba_bytes = direct ? device->geometry.lba_bytes : 1,
@@ -163,7 +190,7 @@ static struct db_queue_config configure(const struct db_device *device, enum db_
 }
 
 /* Does this engine move bytes here? Set-up alone proves nothing: a container or a filesystem may
- * refuse only the I/O. So the first block is read. */
+ * refuse only the I/O. So a block of each member is read. */
 static int try_engine(struct db_device *device, enum db_engine_id id)
 {
     static const struct db_engine_ops *const engines[ENGINE_COUNT] = {
@@ -171,7 +198,8 @@ static int try_engine(struct db_device *device, enum db_engine_id id)
         [DB_ENGINE_AIO] = &db_engine_aio,
         [DB_ENGINE_THREADS] = &db_engine_threads,
     };
-    struct db_queue_config config = configure(device, DB_PATH_DIRECT);
+    int fds[DB_MEMBERS_MAX];
+    struct db_queue_config config = configure(device, DB_PATH_DIRECT, fds);
     config.engine = engines[id];
     struct db_queue *queue;
     int rc = db_queue_open(&config, &queue);
@@ -210,7 +238,6 @@ static int choose_engine(struct db_device *device)
 
 static int open_queues(struct db_device *device)
 {
-    device->geometry.has_direct = device->direct_fd >= 0;
     int rc = choose_engine(device);
     if (rc == -EINVAL && device->geometry.has_direct) {
         /* Some filesystems take O_DIRECT when a file is opened and refuse it when it is used. */
@@ -218,7 +245,8 @@ static int open_queues(struct db_device *device)
         rc = choose_engine(device);
     }
     if (!rc) {
-        struct db_queue_config config = configure(device, DB_PATH_PAGECACHE);
+        int fds[DB_MEMBERS_MAX];
+        struct db_queue_config config = configure(device, DB_PATH_PAGECACHE, fds);
         rc = db_queue_open(&config, &device->queues[DB_PATH_PAGECACHE]);
     }
     /* EAGAIN of io_setup or pthread_create, which flock's EWOULDBLOCK must not be taken for. */
@@ -230,34 +258,29 @@ static void release(struct db_device *device)
     for (int path = 0; path < DB_PATH_COUNT; path++)
         if (device->queues[path])
             db_queue_close(device->queues[path]);
-    if (device->direct_fd >= 0)
-        close(device->direct_fd);
-    if (device->buffered_fd >= 0) {
-        /* A child that has not yet closed its copy must not keep the lock. */
-        flock(device->buffered_fd, LOCK_UN);
-        close(device->buffered_fd);
-    }
+    for (uint32_t i = 0; i < device->stripes.member_count; i++)
+        db_member_close(&device->members[i]);
     free(device);
 }
 
-int db_device_open(const char *path, const struct db_device_options *options,
+int db_device_open(const char *const *paths, uint32_t path_count,
+                   const struct db_device_options *options, uint32_t *failed,
                    struct db_device **out)
 {
-    int rc = check_options(options);
+    *failed = path_count;
+    int rc = check_options(options, path_count);
     if (rc)
         return rc;
-    struct db_device *device = calloc(1, sizeof(*device));
+    struct db_device *device = calloc(1, sizeof(*device) + path_count * sizeof(device->members[0]));
     if (!device)
         return -ENOMEM;
     device->options = *options;
-    device->direct_fd = device->buffered_fd = -1;
-    rc = open_descriptors(device, path);
+    device->stripes.unit_bytes = path_count > 1 ? options->stripe_bytes : 0;
+    rc = open_members(device, paths, path_count, failed);
     if (!rc) {
-        int fd = device->direct_fd >= 0 ? device->direct_fd : device->buffered_fd;
-        rc = db_geometry_read(fd, device->geometry.is_block_device, &device->geometry);
-    }
-    if (!rc)
+        join_geometries(device);
         rc = open_queues(device);
+    }
     if (rc) {
         release(device);
         return rc;
@@ -285,6 +308,13 @@ void db_device_close(struct db_device *device)
 const struct db_geometry *db_device_geometry(const struct db_device *device)
 {
     return &device->geometry;
+}
+
+const struct db_geometry *db_device_member_geometry(const struct db_device *device,
+                                                    uint32_t member)
+{
+    assert(member < device->stripes.member_count);
+    return &device->members[member].geometry;
 }
 
 const char *db_device_engine_name(const struct db_device *device, enum db_path path)
@@ -395,59 +425,81 @@ static int check_range(const struct db_device *device, uint64_t offset, uint64_t
     return offset > size_bytes || length > size_bytes - offset ? -EINVAL : 0;
 }
 
-int db_device_flush(struct db_device *device)
+int db_device_flush(struct db_device *device, uint32_t *failed)
 {
+    int rc = 0;
+    *failed = device->stripes.member_count;
     if (device->is_forked)
         return -ECHILD;
-    return fdatasync(device->buffered_fd) < 0 ? -errno : 0;
-}
-
-int db_device_discard(struct db_device *device, uint64_t offset, uint64_t length)
-{
-    int rc = check_range(device, offset, length);
-    if (rc || length == 0)
-        return rc;
-    if (device->options.read_only)
-        return -EBADF;
-    if (device->geometry.is_block_device) {
-        uint64_t range[2] = {offset, length};
-        rc = ioctl(device->buffered_fd, BLKDISCARD, range);
-    } else {
-        rc = fallocate(device->buffered_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                       (off_t)offset, (off_t)length);
+    for (uint32_t i = 0; i < device->stripes.member_count; i++) {
+        int error = db_member_flush(&device->members[i]);
+        if (error && !rc) {
+            rc = error;
+            *failed = i;
+        }
     }
-    return rc < 0 ? -errno : 0;
+    return rc;
 }
 
-int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t length)
+/* A range of the device is one range on each member that it touches. */
+struct part {
+    struct db_member *member;
+    uint64_t offset, length;
+};
+
+static struct part part_of(struct db_device *device, uint32_t member, uint64_t offset,
+                           uint64_t length)
 {
+    uint64_t start = db_stripes_before(&device->stripes, member, offset);
+    uint64_t end = db_stripes_before(&device->stripes, member, offset + length);
+    return (struct part){&device->members[member], start, end - start};
+}
+
+int db_device_discard(struct db_device *device, uint64_t offset, uint64_t length,
+                      uint32_t *failed)
+{
+    *failed = device->stripes.member_count;
     int rc = check_range(device, offset, length);
-    if (rc || length == 0)
-        return rc;
-    if (sync_file_range(device->buffered_fd, (off_t)offset, (off_t)length,
-                        SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE |
-                            SYNC_FILE_RANGE_WAIT_AFTER) < 0)
-        return -errno;
-    return -posix_fadvise(device->buffered_fd, (off_t)offset, (off_t)length, POSIX_FADV_DONTNEED);
+    if (!rc && length > 0 && device->options.read_only)
+        rc = -EBADF;
+    for (uint32_t i = 0; !rc && i < device->stripes.member_count; i++) {
+        struct part part = part_of(device, i, offset, length);
+        if (part.length > 0)
+            rc = db_member_discard(part.member, part.offset, part.length);
+        if (rc)
+            *failed = i;
+    }
+    return rc;
+}
+
+int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t length,
+                          uint32_t *failed)
+{
+    *failed = device->stripes.member_count;
+    int rc = check_range(device, offset, length);
+    for (uint32_t i = 0; !rc && i < device->stripes.member_count; i++) {
+        struct part part = part_of(device, i, offset, length);
+        if (part.length > 0)
+            rc = db_member_drop_cached(part.member, part.offset, part.length);
+        if (rc)
+            *failed = i;
+    }
+    return rc;
 }
 
 int db_device_cached(struct db_device *device, uint64_t offset, uint64_t length,
-                     uint64_t *cached_bytes, uint64_t *dirty_bytes)
+                     uint64_t *cached_bytes, uint64_t *dirty_bytes, uint32_t *failed)
 {
-    struct {
-        uint64_t offset, length;
-    } range = {offset, length};
-    struct {
-        uint64_t cached, dirty, writeback, evicted, recently_evicted;
-    } pages;
-    int rc = check_range(device, offset, length);
+    *failed = device->stripes.member_count;
     *cached_bytes = *dirty_bytes = 0;
-    if (rc || length == 0) /* the kernel takes a length of 0 as the rest of the file */
-        return rc;
-    if (syscall(SYS_cachestat, device->buffered_fd, &range, &pages, 0) < 0)
-        return -errno;
-    uint64_t page_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
-    *cached_bytes = pages.cached * page_bytes;
-    *dirty_bytes = (pages.dirty + pages.writeback) * page_bytes;
-    return 0;
+    int rc = check_range(device, offset, length);
+    for (uint32_t i = 0; !rc && i < device->stripes.member_count; i++) {
+        struct part part = part_of(device, i, offset, length);
+        if (part.length > 0) /* the kernel takes a length of 0 as the rest of the file */
+            rc = db_member_cached(part.member, part.offset, part.length, cached_bytes,
+                                  dirty_bytes);
+        if (rc)
+            *failed = i;
+    }
+    return rc;
 }

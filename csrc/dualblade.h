@@ -17,7 +17,11 @@
  * never share a page, so one can be dropped from the page cache without touching its neighbour. */
 #define DB_BLOCK_BYTES 4096u
 
-/* ---- device: one file or block device, reached on two paths -------------------------------- */
+/* ---- device: files or block devices as one run of bytes, reached on two paths --------------- */
+
+/* A device of several members is striped over them: its unit s of stripe_bytes is unit s / n of
+ * member s % n. Offsets are the device's own everywhere. */
+#define DB_MEMBERS_MAX 64u
 
 enum db_path {
     DB_PATH_DIRECT = 0,    /* past the page cache: O_DIRECT */
@@ -36,20 +40,25 @@ enum db_engine_id {
 
 struct db_device_options {
     enum db_engine_id engine; /* for the direct path; the page-cache path uses threads */
-    uint32_t queue_depth;     /* requests in flight on the direct path, 1 to 4096 */
-    uint32_t threads;         /* workers of each threads engine, 1 to 64 */
+    uint32_t queue_depth;     /* requests in flight on the direct path for each member, 1 to 4096;
+                                 16384 for all */
+    uint32_t threads;         /* workers of each threads engine for each member, 1 to 64; 256 for
+                                 all */
     uint32_t chunk_bytes;     /* what one checksum covers; a power of two >= DB_BLOCK_BYTES */
     uint32_t request_bytes;   /* larger transfers are split at this, a multiple of chunk_bytes; 0:
                                  at what is measured to be best while they run (direct path) */
     uint64_t staging_bytes;   /* aligned memory for buffers that direct I/O cannot use in place */
+    uint64_t stripe_bytes;    /* of several members: a power of two >= chunk_bytes */
     bool read_only;
     bool sqpoll; /* a kernel thread takes requests without a system call; io_uring only */
     bool iopoll; /* completions are polled for, not interrupted for; io_uring, where the driver
                     has queues for it */
 };
 
+/* Of a device with several members: what suits all of them. */
 struct db_geometry {
-    uint64_t size_bytes;
+    uint64_t size_bytes;           /* several members: as many whole units of each as the smallest
+                                      has */
     uint32_t lba_bytes;            /* logical block: the unit and alignment of direct I/O */
     uint32_t physical_block_bytes; /* what the device writes without reading first */
     uint32_t memory_align_bytes;   /* what direct I/O asks of a buffer's address */
@@ -74,19 +83,25 @@ struct db_path_stats {
 
 struct db_device;
 
-/* Opens PATH and locks it against other processes (flock; O_EXCL on a block device).
+/* Opens the members in their order and locks each against other processes (flock; O_EXCL on a
+ * block device). *failed is the member that an error is about, path_count if none in particular.
+ *   -ENOTUNIQ     it is the same file or device as an earlier one
  *   -EWOULDBLOCK  another process has it locked     -EBUSY  mounted or held by the kernel
  *   -EISDIR, -ENOTBLK  neither a file nor a block device
- *   -EINVAL  empty, or an option out of range       -ENOSYS  the engine asked for is not built in
+ *   -EINVAL  empty, less than a stripe unit, or an option out of range
+ *   -ENOSYS  the engine asked for is not built in
  *   -EUSERS  a limit is reached: fs.aio-max-nr, or RLIMIT_NPROC for the threads
  *   -EOPNOTSUPP  sqpoll or iopoll with another engine, or on a device that can't
  *   and whatever open(2), io_uring_setup(2) or io_setup(2) gives. */
-int db_device_open(const char *path, const struct db_device_options *options,
+int db_device_open(const char *const *paths, uint32_t path_count,
+                   const struct db_device_options *options, uint32_t *failed,
                    struct db_device **out);
 /* Waits for what is in flight, then frees. After a fork, in the child: frees without waiting. */
 void db_device_close(struct db_device *device);
 
 const struct db_geometry *db_device_geometry(const struct db_device *device);
+const struct db_geometry *db_device_member_geometry(const struct db_device *device,
+                                                    uint32_t member);
 const char *db_device_engine_name(const struct db_device *device, enum db_path path);
 void db_device_stats(struct db_device *device, enum db_path path, struct db_path_stats *out);
 /* -errno of an engine that AUTO tried and could not use, 0 if it was not tried or works. */
@@ -100,15 +115,20 @@ int db_device_register(struct db_device *device, void *memory, uint64_t length);
 /* -ENOENT: nothing is registered with this start and length. */
 int db_device_unregister(struct db_device *device, void *memory, uint64_t length);
 
-/* What was written reaches the medium (fdatasync). -EIO and what fdatasync(2) gives. */
-int db_device_flush(struct db_device *device);
+/* In each of these *failed is the member that the error is about, or the number of members. */
+
+/* What was written reaches the medium (fdatasync): of every member, whatever becomes of one.
+ * -EIO and what fdatasync(2) gives. */
+int db_device_flush(struct db_device *device, uint32_t *failed);
 /* The content of a range is no longer needed and reads as anything. -EOPNOTSUPP if it can't. */
-int db_device_discard(struct db_device *device, uint64_t offset, uint64_t length);
+int db_device_discard(struct db_device *device, uint64_t offset, uint64_t length,
+                      uint32_t *failed);
 /* Writes a range's dirty pages back and drops it from the page cache. */
-int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t length);
+int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t length,
+                          uint32_t *failed);
 /* How much of a range the page cache holds. -ENOSYS before Linux 6.5. */
 int db_device_cached(struct db_device *device, uint64_t offset, uint64_t length,
-                     uint64_t *cached_bytes, uint64_t *dirty_bytes);
+                     uint64_t *cached_bytes, uint64_t *dirty_bytes, uint32_t *failed);
 
 /* ---- I/O: a batch of contiguous runs, submitted and waited for as one ----------------------- */
 

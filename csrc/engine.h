@@ -18,6 +18,7 @@
 struct db_request {
     /* what the engine is to do */
     int fd;
+    uint32_t file; /* which of the engine's files fd is */
     enum db_direction direction;
     void *buffer;
     uint64_t offset;
@@ -45,7 +46,9 @@ struct db_request {
 };
 
 struct db_engine_config {
-    int fd;           /* of every request, so that it can be registered */
+    const int *fds; /* the files of all requests, so that they can be registered; until open()
+                       returns */
+    uint32_t fd_count;
     uint32_t depth;   /* requests that can be in flight at once */
     uint32_t threads; /* engine_threads.c */
     bool sqpoll, iopoll; /* engine_uring.c */

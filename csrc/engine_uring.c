@@ -45,7 +45,7 @@ struct db_engine {
     _Atomic int64_t in_kernel;
     int refusal; /* not 0: the kernel no longer takes requests, and this is what it said */
     struct db_refused refused;
-    bool has_file;   /* the file is registered, as the only one */
+    bool has_files;  /* the files are registered, in their order */
     bool has_memory; /* there is a table for registered memory */
     bool has_kernel_thread; /* it takes entries from the ring as they appear: SQPOLL */
     bool must_poll; /* nothing completes unless we look: IOPOLL without such a thread */
@@ -141,7 +141,8 @@ static int uring_open(const struct db_engine_config *config, struct db_engine **
     engine->must_poll = config->iopoll && !config->sqpoll;
     /* Both spare the kernel work at each request, and neither is needed: a table that can be filled
      * later came with Linux 5.19. */
-    engine->has_file = io_uring_register_files(&engine->ring, &config->fd, 1) == 0;
+    engine->has_files =
+        io_uring_register_files(&engine->ring, config->fds, config->fd_count) == 0;
     engine->has_memory = io_uring_register_buffers_sparse(&engine->ring, DB_REGIONS_MAX) == 0;
     *out = engine;
     return 0;
@@ -170,7 +171,7 @@ static void prepare_entry(struct db_engine *engine, struct db_request *request)
 {
     struct io_uring_sqe *sqe = io_uring_get_sqe(&engine->ring);
     assert(sqe); /* the ring has an entry for every request of the pool */
-    int fd = engine->has_file ? 0 : request->fd;
+    int fd = engine->has_files ? (int)request->file : request->fd;
     bool reads = request->direction == DB_READ;
     if (request->slot == DB_REGION_NONE)
         io_uring_prep_rw(reads ? IORING_OP_READ : IORING_OP_WRITE, sqe, fd, request->buffer,
@@ -181,7 +182,7 @@ static void prepare_entry(struct db_engine *engine, struct db_request *request)
     else
         io_uring_prep_write_fixed(sqe, fd, request->buffer, request->length, request->offset,
                                   request->slot);
-    if (engine->has_file)
+    if (engine->has_files)
         io_uring_sqe_set_flags(sqe, IOSQE_FIXED_FILE);
     io_uring_sqe_set_data(sqe, request);
 }

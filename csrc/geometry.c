@@ -97,3 +97,23 @@ int db_geometry_read(int fd, bool is_block_device, struct db_geometry *out)
         out->can_discard = value > 0;
     return 0;
 }
+
+static uint32_t larger(uint32_t a, uint32_t b)
+{
+    return a > b ? a : b;
+}
+
+void db_geometry_join(struct db_geometry *all, const struct db_geometry *one)
+{
+    if (one->size_bytes < all->size_bytes)
+        all->size_bytes = one->size_bytes;
+    if (one->max_transfer_bytes < all->max_transfer_bytes)
+        all->max_transfer_bytes = one->max_transfer_bytes;
+    /* Each is a power of two, so the largest is a multiple of all. */
+    all->lba_bytes = larger(all->lba_bytes, one->lba_bytes);
+    all->memory_align_bytes = larger(all->memory_align_bytes, one->memory_align_bytes);
+    all->physical_block_bytes = larger(all->physical_block_bytes, one->physical_block_bytes);
+    all->is_block_device &= one->is_block_device;
+    all->has_direct &= one->has_direct;
+    all->can_discard &= one->can_discard;
+}

@@ -49,6 +49,7 @@ enum {
 
 struct db_queue {
     struct db_queue_config config;
+    int fds[DB_MEMBERS_MAX];
     struct db_engine *engine;
     pthread_mutex_t lock;
     pthread_cond_t changed; /* a batch is done, or there is no leader */
@@ -144,7 +145,7 @@ static uint32_t piece_length(const struct db_queue *queue, const void *memory, u
         if (!*staged)
             left = (left - 1) / config->chunk_bytes * config->chunk_bytes;
     }
-    if (*staged)
+    if (*staged && limit > queue->slot_bytes)
         limit = queue->slot_bytes;
     return (uint32_t)(left < limit ? left : limit);
 }
@@ -162,12 +163,37 @@ static bool find_piece(struct db_batch *batch)
     return false;
 }
 
-static void point_at_rest(struct db_request *request)
+/* At what has not moved yet, as far as it lies side by side on one member. */
+static void point_at_rest(const struct db_queue *queue, struct db_request *request)
 {
+    const struct db_stripes *stripes = &queue->config.stripes;
     uint8_t *memory = request->staging ? request->staging : request->user;
     request->buffer = memory + request->moved_bytes;
     request->offset = request->piece_offset + request->moved_bytes;
     request->length = request->piece_bytes - request->moved_bytes;
+    if (stripes->member_count > 1) {
+        struct db_place place = db_stripes_find(stripes, request->offset);
+        request->file = place.member;
+        request->offset = place.offset;
+        if (request->length > place.left)
+            request->length = (uint32_t)place.left;
+    }
+    request->fd = queue->fds[request->file];
+}
+
+/* At most so much in one request: what the device likes, and no more than the rest of a stripe
+ * unit, so that the members work on a run at the same time. Where a unit ends within a chunk that
+ * has a checksum, the chunk is not broken. */
+static uint64_t piece_limit(const struct db_queue *queue, const struct db_io *io, uint64_t at,
+                            uint64_t limit)
+{
+    const struct db_stripes *stripes = &queue->config.stripes;
+    if (stripes->member_count == 1)
+        return limit;
+    uint64_t left = db_stripes_find(stripes, io->offset + at).left;
+    if (io->checksums)
+        left = round_up(left, queue->config.chunk_bytes);
+    return left < limit ? left : limit;
 }
 
 /* The next piece of the batch as a request; NULL when a request or a staging slot is lacking. */
@@ -176,9 +202,9 @@ static struct db_request *carve(struct db_queue *queue, struct db_batch *batch)
     struct db_io *io = &batch->ios[batch->next_io];
     uint8_t *user = (uint8_t *)io->buffer + batch->next_byte;
     struct db_request_size *size = &queue->sizes[batch->direction];
+    uint64_t limit = piece_limit(queue, io, batch->next_byte, size->now_bytes);
     bool staged;
-    uint32_t length =
-        piece_length(queue, user, io->length - batch->next_byte, size->now_bytes, &staged);
+    uint32_t length = piece_length(queue, user, io->length - batch->next_byte, limit, &staged);
     if (!queue->free_requests || (staged && queue->free_slot_count == 0))
         return NULL;
 
@@ -187,7 +213,6 @@ static struct db_request *carve(struct db_queue *queue, struct db_batch *batch)
     assert(!request->busy);
     uint64_t chunk = batch->next_byte / queue->config.chunk_bytes;
     *request = (struct db_request){
-        .fd = queue->config.fd,
         .direction = batch->direction,
         .batch = batch,
         .io = io,
@@ -202,8 +227,8 @@ static struct db_request *carve(struct db_queue *queue, struct db_batch *batch)
     };
     if (request->size_tag && db_request_size_is_waiting(size))
         db_request_size_started(size, db_now_ns());
-    point_at_rest(request);
-    request->slot = db_regions_find(&queue->regions, request->buffer, request->length);
+    point_at_rest(queue, request);
+    request->slot = db_regions_find(&queue->regions, request->buffer, request->piece_bytes);
     assert(request->offset % queue->config.lba_bytes == 0);
     assert(request->length % queue->config.lba_bytes == 0);
     batch->next_byte += length;
@@ -344,7 +369,7 @@ static void fail(struct db_queue *queue, struct db_request *request, int error)
 
 static void resume(struct db_queue *queue, struct db_request *request)
 {
-    point_at_rest(request);
+    point_at_rest(queue, request);
     request->next = queue->resumes;
     queue->resumes = request;
 }
@@ -391,7 +416,11 @@ static void complete(struct db_queue *queue, struct db_request *request)
     }
     assert(result <= request->length);
     if ((uint64_t)result == request->length) {
-        succeed(queue, request);
+        request->moved_bytes += request->length;
+        if (request->moved_bytes == request->piece_bytes)
+            succeed(queue, request);
+        else
+            resume(queue, request); /* the rest is on another member */
         return;
     }
     /* Short. Direct I/O can only go on at a block, so a block moved in part is moved again. */
@@ -673,6 +702,8 @@ int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
         db_request_size_open(&queue->sizes[direction], config->request_bytes,
                              config->chunk_bytes);
     }
+    memcpy(queue->fds, config->fds, config->stripes.member_count * sizeof(config->fds[0]));
+    queue->config.fds = queue->fds;
     pthread_mutex_init(&queue->lock, NULL);
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
@@ -683,7 +714,8 @@ int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
     int rc = allocate_pool(queue);
     if (!rc) {
         struct db_engine_config engine = {
-            .fd = config->fd,
+            .fds = queue->fds,
+            .fd_count = config->stripes.member_count,
             .depth = config->depth,
             .threads = config->threads,
             .sqpoll = config->sqpoll,
@@ -724,18 +756,25 @@ void db_queue_close(struct db_queue *queue)
 
 int db_queue_probe(struct db_queue *queue)
 {
+    const struct db_stripes *stripes = &queue->config.stripes;
+    struct db_io ios[DB_MEMBERS_MAX];
     void *memory;
-    int rc = db_memory_map(DB_BLOCK_BYTES, &memory);
+    int rc = db_memory_map(stripes->member_count * DB_BLOCK_BYTES, &memory);
     if (rc)
         return rc;
-    struct db_io io = {.offset = 0, .buffer = memory, .length = DB_BLOCK_BYTES};
-    struct db_batch batch = {.direction = DB_READ, .ios = &io, .io_count = 1};
+    for (uint32_t i = 0; i < stripes->member_count; i++)
+        ios[i] = (struct db_io){.offset = i * stripes->unit_bytes,
+                                .buffer = (uint8_t *)memory + i * DB_BLOCK_BYTES,
+                                .length = DB_BLOCK_BYTES};
+    struct db_batch batch = {.direction = DB_READ, .ios = ios, .io_count = stripes->member_count};
     db_queue_submit(queue, &batch);
     rc = db_queue_wait(queue, &batch, -1);
     assert(!rc); /* every engine tries its system calls before its open() returns 0 */
-    db_memory_unmap(memory, DB_BLOCK_BYTES);
+    db_memory_unmap(memory, stripes->member_count * DB_BLOCK_BYTES);
     memset(&queue->stats, 0, sizeof(queue->stats));
-    return io.error;
+    for (uint32_t i = 0; !rc && i < stripes->member_count; i++)
+        rc = ios[i].error;
+    return rc;
 }
 
 void db_queue_abandon(struct db_queue *queue)

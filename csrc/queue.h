@@ -3,10 +3,12 @@
 #define DUALBLADE_QUEUE_H
 
 #include "engine.h"
+#include "stripes.h"
 
 struct db_queue_config {
     const struct db_engine_ops *engine;
-    int fd;
+    const int *fds; /* of the members; until db_queue_open() returns */
+    struct db_stripes stripes;
     uint32_t depth;
     uint32_t threads;
     uint32_t chunk_bytes;
@@ -26,7 +28,8 @@ void db_queue_close(struct db_queue *queue);
 /* In the child after a fork, where requests and threads are the parent's: closes file descriptors
  * and leaves the memory be. Async-signal-safe. */
 void db_queue_abandon(struct db_queue *queue);
-/* Reads the first block for real and forgets it: 0, or what the kernel says to this engine. */
+/* Reads the first block of every member for real and forgets it: 0, or what the kernel says to this
+ * engine. */
 int db_queue_probe(struct db_queue *queue);
 const char *db_queue_engine_name(const struct db_queue *queue);
 void db_queue_stats(struct db_queue *queue, struct db_path_stats *out);

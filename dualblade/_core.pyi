@@ -14,6 +14,9 @@ BLOCK_BYTES: int
 
 class DeviceInfo(NamedTuple):
     target: str
+    targets: tuple[str, ...]
+    member_sizes: tuple[int, ...]
+    stripe_bytes: int
     size: int
     lba_size: int
     physical_block_size: int
@@ -28,6 +31,9 @@ class DeviceInfo(NamedTuple):
     chunk_bytes: int
     engines_refused: dict[str, str]
 
+    def place(self, offset: int) -> tuple[str, int]:
+        """Where a byte of the device lies: the member's target, and the offset there."""
+
 class Completion:
     """One submitted batch. It holds every buffer of the batch until the last byte has moved."""
 
@@ -41,7 +47,7 @@ class Device:
 
     @staticmethod
     def open(
-        target: str | os.PathLike[str],
+        target: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
         engine: EngineName = "auto",
         queue_depth: int = 256,
         *,
@@ -49,6 +55,7 @@ class Device:
         chunk_bytes: int = 262144,
         request_bytes: int | None = None,
         staging_bytes: int = 8388608,
+        stripe_bytes: int = 1048576,
         read_only: bool = False,
         sqpoll: bool = False,
         iopoll: bool = False,

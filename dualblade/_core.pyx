@@ -72,6 +72,10 @@ from dualblade.errors import (
 )
 
 
+cdef extern from "<errno.h>":
+    enum:
+        ENOTUNIQ
+
 cdef extern from "Python.h":
     int PyErr_ResourceWarning(object source, Py_ssize_t level, const char *fmt, ...) except -1
 
@@ -164,9 +168,15 @@ include "_core_completion.pxi"
 # ---- device --------------------------------------------------------------------------------------
 
 class DeviceInfo(NamedTuple):
-    """What a device is: sizes in bytes, and what reaches it."""
+    """What a device is: sizes in bytes, and what reaches it.
+
+    Of a device striped over several members, target names all of them, and what is said of blocks
+    and limits suits each. stripe_bytes is 0 where there is but one."""
 
     target: str
+    targets: tuple
+    member_sizes: tuple
+    stripe_bytes: int
     size: int
     lba_size: int
     physical_block_size: int
@@ -181,11 +191,20 @@ class DeviceInfo(NamedTuple):
     chunk_bytes: int
     engines_refused: dict
 
+    def place(self, offset):
+        """Where a byte of the device lies: (the member's target, the offset there)."""
+        if not self.stripe_bytes:
+            return self.target, offset
+        unit, inside = divmod(offset, self.stripe_bytes)
+        row, member = divmod(unit, len(self.targets))
+        return self.targets[member], row * self.stripe_bytes + inside
+
 
 @cython.final
 @cython.no_gc
 cdef class Device:
-    """One file or block device, reached past the page cache ("direct") or through it."""
+    """A file or block device, or several striped, reached past the page cache ("direct") or
+    through it."""
 
     cdef db_device *ptr
     cdef readonly object info
@@ -211,9 +230,13 @@ cdef class Device:
 
     @staticmethod
     def open(target, engine="auto", queue_depth=256, *, threads=4, chunk_bytes=262144,
-             request_bytes=None, staging_bytes=8388608, read_only=False, sqpoll=False,
-             iopoll=False):
+             request_bytes=None, staging_bytes=8388608, stripe_bytes=1048576,
+             read_only=False, sqpoll=False, iopoll=False):
         """Opens a file or a block device and locks it against other processes.
+
+        target is a path, or a list of paths: these are one device then, striped over them in this
+        order. stripe_bytes, a power of two of at least chunk_bytes, is what lies side by side on
+        one of them. queue_depth and threads are for each.
 
         engine is that of the direct path: "uring", "aio", "threads", or "auto" for the first of
         these that works here. queue_depth: requests in flight, 1 to 4096. threads: workers of
@@ -242,6 +265,7 @@ cdef class Device:
         if request_bytes is not None:
             options.request_bytes = _option(request_bytes, "request_bytes", DB_BLOCK_BYTES, 1 << 30)
         options.staging_bytes = _option(staging_bytes, "staging_bytes", 0, 1 << 40)
+        options.stripe_bytes = _option(stripe_bytes, "stripe_bytes", 0, 1 << 40)
         options.read_only = bool(read_only)
         options.sqpoll = bool(sqpoll)
         options.iopoll = bool(iopoll)
@@ -259,21 +283,28 @@ cdef class Device:
                 f"staging_bytes must hold one chunk of {chunk_bytes} bytes, "
                 f"got {staging_bytes}"
             )
-        path = os.fsencode(target)
-        if b"\0" in path:
-            raise ValueError(f"the target {target!r} has a null character in its name")
-        device._open(path, os.fsdecode(path), engine, &options)
+        paths = _paths(target)
+        if len(paths) > 1 and (options.stripe_bytes & (options.stripe_bytes - 1)
+                               or options.stripe_bytes < options.chunk_bytes):
+            raise ValueError(f"stripe_bytes must be a power of two of at least chunk_bytes "
+                             f"({chunk_bytes}), got {stripe_bytes}")
+        device._open(paths, engine, &options)
         return device
 
-    cdef int _open(self, bytes path, str target, str engine,
-                   const db_device_options *options) except -1:
-        cdef const char *c_path = path
+    cdef int _open(self, list paths, str engine, const db_device_options *options) except -1:
+        cdef const char *c_paths[DB_MEMBERS_MAX]
+        cdef uint32_t count = len(paths)
+        cdef uint32_t failed
         cdef db_device *opened = NULL
         cdef int rc
+        cdef Py_ssize_t i
+        targets = tuple([os.fsdecode(path) for path in paths])
+        for i, path in enumerate(paths):
+            c_paths[i] = <bytes>path
         with nogil:
-            rc = db_device_open(c_path, options, &opened)
+            rc = db_device_open(c_paths, count, options, &failed, &opened)
         if rc:
-            _raise_open_error(-rc, target, engine, options)
+            _raise_open_error(-rc, targets, failed, engine, options)
         self.pid = getpid()
         self.ptr = opened
         self.chunk_bytes = options.chunk_bytes
@@ -284,7 +315,11 @@ cdef class Device:
             if rc:
                 refused[name] = os.strerror(-rc)
         self.info = DeviceInfo(
-            target=target,
+            target=", ".join(targets),
+            targets=targets,
+            member_sizes=tuple([db_device_member_geometry(opened, i).size_bytes
+                                for i in range(count)]),
+            stripe_bytes=options.stripe_bytes if count > 1 else 0,
             size=geometry.size_bytes,
             lba_size=geometry.lba_bytes,
             physical_block_size=geometry.physical_block_bytes,
@@ -431,13 +466,19 @@ cdef class Device:
 
     def flush(self):
         """Returns when what was written has reached the medium."""
+        cdef uint32_t failed
         cdef int rc
         self._pin()
         with nogil:
-            rc = db_device_flush(self.ptr)
+            rc = db_device_flush(self.ptr, &failed)
         self._unpin()
         if rc:
-            raise device_error(-rc, device=self.info.target, operation="flush")
+            raise device_error(-rc, device=self._member(failed), operation="flush")
+
+    cdef object _member(self, uint32_t failed):
+        """The name of the member that failed; of all, where it is none in particular."""
+        targets = self.info.targets
+        return targets[failed] if failed < len(targets) else self.info.target
 
     def discard(self, offset, length):
         """Tells the device that a range is no longer needed; it then reads as anything.
@@ -452,15 +493,16 @@ cdef class Device:
     cdef int _range_call(self, int which, object offset, object length, str operation) except -1:
         cdef uint64_t start = _bytes(offset, "offset")
         cdef uint64_t size = _bytes(length, "length")
+        cdef uint32_t failed
         cdef int rc
         self._pin()
         with nogil:
             if which == 0:
-                rc = db_device_discard(self.ptr, start, size)
+                rc = db_device_discard(self.ptr, start, size, &failed)
             else:
-                rc = db_device_drop_cached(self.ptr, start, size)
+                rc = db_device_drop_cached(self.ptr, start, size, &failed)
         self._unpin()
-        self._check_range(rc, start, size, operation)
+        self._check_range(rc, start, size, operation, failed)
         return 0
 
     def cached_bytes(self, offset, length):
@@ -471,18 +513,20 @@ cdef class Device:
         cdef uint64_t size = _bytes(length, "length")
         cdef uint64_t cached = 0
         cdef uint64_t dirty = 0
+        cdef uint32_t failed
         cdef int rc
         self._pin()
         with nogil:
-            rc = db_device_cached(self.ptr, start, size, &cached, &dirty)
+            rc = db_device_cached(self.ptr, start, size, &cached, &dirty, &failed)
         self._unpin()
-        self._check_range(rc, start, size, "count the cached pages of")
+        self._check_range(rc, start, size, "count the cached pages of", failed)
         return cached, dirty
 
     cdef int _check_range(self, int rc, uint64_t offset, uint64_t length,
-                          str operation) except -1:
+                          str operation, uint32_t failed) except -1:
         if rc == 0:
             return 0
+        target = self._member(failed)
         if rc == -EINVAL:
             raise ValueError(
                 f"cannot {operation} {length} bytes at {offset}: {self.info.target} has "
@@ -490,10 +534,12 @@ cdef class Device:
             )
         if rc == -ENOSYS or rc == -EOPNOTSUPP:
             raise UnsupportedError(
-                f"cannot {operation} {self.info.target}: the kernel or the device does not "
+                f"cannot {operation} {target}: the kernel or the device does not "
                 f"offer it ({os.strerror(-rc)})"
             )
-        raise device_error(-rc, device=self.info.target, operation=operation, offset=offset,
+        if self.info.stripe_bytes:  # the range is the device's, the error a member's
+            raise device_error(-rc, device=target, operation=operation)
+        raise device_error(-rc, device=target, operation=operation, offset=offset,
                            length=length)
 
     def stats(self):
@@ -638,8 +684,24 @@ cdef class Device:
         done.next = NULL
 
 
-cdef int _raise_open_error(int error, str target, str engine,
+cdef list _paths(object target):
+    """The paths of a device's members, encoded."""
+    targets = target if isinstance(target, (list, tuple)) else [target]
+    if not 1 <= len(targets) <= DB_MEMBERS_MAX:
+        raise ValueError(f"a device has from 1 to {DB_MEMBERS_MAX} members, got {len(targets)}")
+    paths = [os.fsencode(each) for each in targets]
+    for each, path in zip(targets, paths):
+        if b"\0" in path:
+            raise ValueError(f"the target {each!r} has a null character in its name")
+    return paths
+
+
+cdef int _raise_open_error(int error, tuple targets, uint32_t failed, str engine,
                            const db_device_options *options) except -1:
+    target = targets[failed] if failed < len(targets) else ", ".join(targets)
+    if error == ENOTUNIQ:
+        raise ValueError(f"{target} is given twice, or under two names: give each member of a "
+                         f"striped device once (got {', '.join(targets)})")
     if error == ENOSYS and engine != "auto":
         raise UnsupportedError(
             f'engine "{engine}" is not available here ({os.strerror(error)}): '
@@ -657,8 +719,10 @@ cdef int _raise_open_error(int error, str target, str engine,
                 f"({os.strerror(error)}): leave them out"
             )
     if error == EINVAL:
+        least = f"smaller than stripe_bytes ({options.stripe_bytes})"
         raise ValueError(
-            f"{target} cannot be opened: it is empty, or an option is out of range "
+            f"{target} cannot be opened: it is {least if len(targets) > 1 else 'empty'}, or an "
+            f"option is out of range "
             f"(queue_depth {options.queue_depth}, request_bytes {options.request_bytes})"
         )
     if error == ENOMEM:

@@ -48,19 +48,21 @@ cdef class Completion:
                 "its buffers stay in use: wait again"
             )
         if self.error == EBADMSG:
+            target, offset = self.device.info.place(self.error_offset)
             corruption = CorruptionError(
-                f"checksum mismatch in the chunk at byte {self.error_offset} of "
-                f"{self.device.info.target} (read of {self.run_length} bytes at "
-                f"{self.run_offset}): what the device holds is not what was written"
+                f"checksum mismatch in the chunk at byte {offset} of {target} "
+                f"(read of {self.run_length} bytes at {self.run_offset}): what the device holds "
+                "is not what was written"
             )
             corruption.offset = self.error_offset
             raise corruption
         if self.error:
+            target, offset = self.device.info.place(self.error_offset)
             raise device_error(
                 self.error,
-                device=self.device.info.target,
+                device=target,
                 operation="write" if self.batch.direction == DB_WRITE else "read",
-                offset=self.error_offset,
+                offset=offset,
                 length=self.run_length,
             )
 

@@ -31,6 +31,7 @@ cdef extern from "<time.h>" nogil:
 cdef extern from "dualblade.h" nogil:
     enum:
         DB_BLOCK_BYTES
+        DB_MEMBERS_MAX
 
     enum db_path:
         DB_PATH_DIRECT
@@ -53,6 +54,7 @@ cdef extern from "dualblade.h" nogil:
         uint32_t chunk_bytes
         uint32_t request_bytes
         uint64_t staging_bytes
+        uint64_t stripe_bytes
         bint read_only
         bint sqpoll
         bint iopoll
@@ -83,20 +85,26 @@ cdef extern from "dualblade.h" nogil:
     struct db_device:
         pass
 
-    int db_device_open(const char *path, const db_device_options *options,
+    int db_device_open(const char *const *paths, uint32_t path_count,
+                       const db_device_options *options, uint32_t *failed,
                        db_device **out) noexcept
     void db_device_close(db_device *device) noexcept
     const db_geometry *db_device_geometry(const db_device *device) noexcept
+    const db_geometry *db_device_member_geometry(const db_device *device,
+                                                 uint32_t member) noexcept
     const char *db_device_engine_name(const db_device *device, db_path path) noexcept
     void db_device_stats(db_device *device, db_path path, db_path_stats *out) noexcept
     int db_device_engine_refusal(const db_device *device, db_engine_id engine) noexcept
     int db_device_register(db_device *device, void *memory, uint64_t length) noexcept
     int db_device_unregister(db_device *device, void *memory, uint64_t length) noexcept
-    int db_device_flush(db_device *device) noexcept
-    int db_device_discard(db_device *device, uint64_t offset, uint64_t length) noexcept
-    int db_device_drop_cached(db_device *device, uint64_t offset, uint64_t length) noexcept
+    int db_device_flush(db_device *device, uint32_t *failed) noexcept
+    int db_device_discard(db_device *device, uint64_t offset, uint64_t length,
+                          uint32_t *failed) noexcept
+    int db_device_drop_cached(db_device *device, uint64_t offset, uint64_t length,
+                              uint32_t *failed) noexcept
     int db_device_cached(db_device *device, uint64_t offset, uint64_t length,
-                         uint64_t *cached_bytes, uint64_t *dirty_bytes) noexcept
+                         uint64_t *cached_bytes, uint64_t *dirty_bytes,
+                         uint32_t *failed) noexcept
 
     struct db_io:
         uint64_t offset

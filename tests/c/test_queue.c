@@ -1,4 +1,4 @@
-/* test_queue.c - batches on both paths of a real file, with every engine that is built in. */
+/* test_queue.c - batches on both paths of real files, one and several, with every engine. */
 #define _GNU_SOURCE
 #include "check.h"
 #include "dualblade.h"
@@ -12,9 +12,15 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { FILE_BYTES = 32 << 20, CHUNK_BYTES = 64 * 1024, REQUEST_BYTES = 128 * 1024 };
+enum {
+    FILE_BYTES = 32 << 20,
+    CHUNK_BYTES = 64 * 1024,
+    REQUEST_BYTES = 128 * 1024,
+    MEMBERS = 3,
+};
 
-static char path[] = "/tmp/dualblade-test-queue-XXXXXX";
+static char path[MEMBERS][64];
+static const char *const paths[MEMBERS] = {path[0], path[1], path[2]};
 
 
 static void run_batch(struct db_device *device, enum db_path where, enum db_direction direction,
@@ -92,9 +98,10 @@ static void test_checksum_mismatch(struct db_device *device)
 static void test_bad_ranges(struct db_device *device)
 {
     uint8_t memory[DB_BLOCK_BYTES];
+    uint64_t size_bytes = db_device_geometry(device)->size_bytes;
     struct db_io bad[] = {
-        {.offset = FILE_BYTES, .buffer = memory, .length = 1},
-        {.offset = FILE_BYTES + 1, .buffer = memory, .length = 0},
+        {.offset = size_bytes, .buffer = memory, .length = 1},
+        {.offset = size_bytes + 1, .buffer = memory, .length = 0},
         {.offset = 0, .buffer = memory, .length = UINT64_MAX},
         {.offset = 0, .buffer = NULL, .length = 1},
         {.offset = 1, .buffer = memory, .length = 1},
@@ -151,7 +158,9 @@ static void test_many_threads(struct db_device *device)
 static void test_second_open_is_refused(const struct db_device_options *options)
 {
     struct db_device *second;
-    CHECK(db_device_open(path, options, &second) == -EWOULDBLOCK);
+    uint32_t failed;
+    CHECK(db_device_open(paths, 1, options, &failed, &second) == -EWOULDBLOCK);
+    CHECK(failed == 0);
 }
 
 static void test_fork(struct db_device *device)
@@ -171,15 +180,68 @@ static void test_fork(struct db_device *device)
     CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
 }
 
-static void test_engine(struct db_device_options options, const char *name)
+/* What is striped lies where it should, whatever way it was written. */
+static void test_places(struct db_device *device)
+{
+    enum { UNITS = 12 };
+    static uint8_t memory[UNITS * CHUNK_BYTES], unit[CHUNK_BYTES];
+    for (int i = 0; i < UNITS; i++)
+        memset(memory + i * CHUNK_BYTES, 'a' + i, CHUNK_BYTES);
+    for (uint64_t start = 0; start <= DB_BLOCK_BYTES; start += DB_BLOCK_BYTES) {
+        struct db_path_stats before, after;
+        struct db_io io = {.offset = start, .buffer = memory + start,
+                           .length = sizeof(memory) - start};
+        uint32_t failed;
+        db_device_stats(device, DB_PATH_DIRECT, &before);
+        run_batch(device, DB_PATH_DIRECT, DB_WRITE, &io, 1);
+        db_device_stats(device, DB_PATH_DIRECT, &after);
+        CHECK(io.error == 0 && after.resumed == before.resumed);
+        CHECK(after.write_bytes - before.write_bytes == io.length);
+        CHECK(db_device_flush(device, &failed) == 0);
+    }
+    for (int i = 0; i < UNITS; i++) {
+        int fd = open(path[i % MEMBERS], O_RDONLY);
+        CHECK(pread(fd, unit, CHUNK_BYTES, i / MEMBERS * CHUNK_BYTES) == CHUNK_BYTES);
+        CHECK(memcmp(unit, memory + i * CHUNK_BYTES, CHUNK_BYTES) == 0);
+        close(fd);
+    }
+}
+
+static void test_members_are_refused(void)
+{
+    struct db_device_options options = {.queue_depth = 4,
+                                        .threads = 1,
+                                        .chunk_bytes = CHUNK_BYTES,
+                                        .request_bytes = REQUEST_BYTES,
+                                        .staging_bytes = REQUEST_BYTES,
+                                        .stripe_bytes = CHUNK_BYTES};
+    struct db_device *device;
+    uint32_t failed;
+    const char *twice[] = {path[0], path[1], path[0]};
+    CHECK(db_device_open(twice, 3, &options, &failed, &device) == -ENOTUNIQ && failed == 2);
+    const char *missing[] = {path[0], "/tmp/dualblade-no-such-file"};
+    CHECK(db_device_open(missing, 2, &options, &failed, &device) == -ENOENT && failed == 1);
+    CHECK(db_device_open(paths, 0, &options, &failed, &device) == -EINVAL && failed == 0);
+    options.stripe_bytes = CHUNK_BYTES / 2;
+    CHECK(db_device_open(paths, 2, &options, &failed, &device) == -EINVAL && failed == 2);
+    options.stripe_bytes = 3 * CHUNK_BYTES;
+    CHECK(db_device_open(paths, 2, &options, &failed, &device) == -EINVAL && failed == 2);
+    options.stripe_bytes = 2 * FILE_BYTES;
+    CHECK(db_device_open(paths, 2, &options, &failed, &device) == -EINVAL && failed == 0);
+}
+
+static void test_engine(struct db_device_options options, const char *name, uint32_t members)
 {
     unsigned seed = 1;
     options.threads = 3;
     options.chunk_bytes = CHUNK_BYTES;
     options.staging_bytes = 4 * REQUEST_BYTES;
+    options.stripe_bytes = CHUNK_BYTES;
     for (options.queue_depth = 1; options.queue_depth <= 256; options.queue_depth *= 16) {
         struct db_device *device;
-        if (db_device_open(path, &options, &device) != 0) {
+        uint32_t failed;
+        if (db_device_open(paths, members, &options, &failed, &device) != 0) {
+            CHECK(failed == members); /* the engine, not a file */
             printf("test_queue: %s cannot run here\n", name);
             return;
         }
@@ -191,16 +253,21 @@ static void test_engine(struct db_device_options options, const char *name)
         test_second_open_is_refused(&options);
         test_fork(device);
         test_round_trips(device, &seed);
+        if (members > 1)
+            test_places(device);
         db_device_close(device);
     }
 }
 
 int main(void)
 {
-    int fd = mkstemp(path);
-    CHECK(fd >= 0);
-    CHECK(posix_fallocate(fd, 0, FILE_BYTES) == 0);
-    close(fd);
+    for (int i = 0; i < MEMBERS; i++) {
+        strcpy(path[i], "/tmp/dualblade-test-queue-XXXXXX");
+        int fd = mkstemp(path[i]);
+        CHECK(fd >= 0);
+        CHECK(posix_fallocate(fd, 0, FILE_BYTES) == 0);
+        close(fd);
+    }
     static const struct db_device_options runs[] = {
         {.engine = DB_ENGINE_THREADS, .request_bytes = REQUEST_BYTES},
         {.engine = DB_ENGINE_AIO, .request_bytes = REQUEST_BYTES},
@@ -209,9 +276,14 @@ int main(void)
         {.engine = DB_ENGINE_URING, .request_bytes = 0}, /* measured */
     };
     static const char *const names[] = {"threads", "aio", "uring", "uring", "uring"};
-    for (size_t i = 0; i < sizeof(runs) / sizeof(runs[0]); i++)
-        test_engine(runs[i], names[i]);
-    unlink(path);
+    for (size_t i = 0; i < sizeof(runs) / sizeof(runs[0]); i++) {
+        test_engine(runs[i], names[i], 1);
+        if (!runs[i].sqpoll)
+            test_engine(runs[i], names[i], MEMBERS);
+    }
+    test_members_are_refused();
+    for (int i = 0; i < MEMBERS; i++)
+        unlink(path[i]);
     struct db_counters live;
     db_counters(&live);
     CHECK(live.devices == 0 && live.requests == 0 && live.batches == 0 && live.buffers == 0);

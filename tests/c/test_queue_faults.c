@@ -181,9 +181,11 @@ static void complete_whole(uint32_t which)
 
 static struct db_queue *open_queue(uint32_t depth, uint32_t slots)
 {
+    int fd = -1;
     struct db_queue_config config = {
         .engine = &fake,
-        .fd = -1,
+        .fds = &fd,
+        .stripes = {.member_count = 1},
         .depth = depth,
         .threads = 1,
         .chunk_bytes = CHUNK,

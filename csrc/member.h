@@ -1,0 +1,35 @@
+/* member.h - one file or block device: opened on both paths, locked, flushed, discarded.
+ *
+ * Both paths are descriptors of the same file, one with O_DIRECT and one without. Offsets are the
+ * member's own, in ranges that lie inside it. */
+#ifndef DUALBLADE_MEMBER_H
+#define DUALBLADE_MEMBER_H
+
+#include "geometry.h"
+
+#include <sys/types.h>
+
+struct db_member {
+    struct db_geometry geometry;
+    int direct_fd, buffered_fd; /* -1: not open, or there is no O_DIRECT here */
+    dev_t device;               /* of the block device, or of the file's filesystem */
+    ino_t inode;                /* 0 for a block device, which may have several names */
+};
+
+/* Finds out what it is and which, without opening it. Errors are those of db_device_open(). */
+int db_member_identify(const char *path, struct db_member *member);
+/* Opens what was identified, locks it and reads its geometry. It is to be closed all the same when
+ * either of the two says no. */
+int db_member_open(const char *path, bool read_only, struct db_member *member);
+void db_member_close(struct db_member *member);
+/* In the child after a fork: closes the descriptors, the parent keeps its lock. */
+void db_member_abandon(struct db_member *member);
+
+int db_member_flush(struct db_member *member);
+int db_member_discard(struct db_member *member, uint64_t offset, uint64_t length);
+int db_member_drop_cached(struct db_member *member, uint64_t offset, uint64_t length);
+/* Adds to both counts. */
+int db_member_cached(struct db_member *member, uint64_t offset, uint64_t length,
+                     uint64_t *cached_bytes, uint64_t *dirty_bytes);
+
+#endif
