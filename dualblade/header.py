@@ -1,4 +1,5 @@
-"""The block at offset 0 of a store's device: whose it is, and how it is laid out."""
+"""The block at offset 0 of a store's device, and of each member of a striped one: whose it is, and
+how it is laid out."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from dualblade._core import checksum
 from dualblade.errors import CorruptionError, DeviceRefusedError, UnsupportedError
 
 HEADER_BYTES = 4096
-HEADER_VERSION = 1
+VERSION_SINGLE = 1
+VERSION_STRIPED = 2
+"""Another one, so that what reads version 1 alone does not take a member for a whole store."""
 DATA_OFFSET = 1 << 20
 """Where extents begin: a boundary that flash pages, RAID stripes and huge pages all divide."""
 
@@ -21,6 +24,8 @@ _MAGIC = b"DUALBLAD"
 # magic, version, header bytes, store id, size, lba, chunk, data offset, created; zeros to the
 # checksum in the last eight bytes.  Magic and version stay where they are in every version.
 _LAYOUT = struct.Struct("<8sII16sQIIQQ")
+# In version 2, behind these: which member, of how many, the stripe unit, the member's own size.
+_STRIPED_LAYOUT = struct.Struct("<IIQQ")
 _CHECKSUM = struct.Struct("<Q")
 _CHECKED_BYTES = HEADER_BYTES - _CHECKSUM.size
 
@@ -40,6 +45,13 @@ class Header:
     """The first byte for extents."""
     created_unix: int
     """Seconds since 1970."""
+    member: int = 0
+    """Of a striped store: which of its members this is, from 0."""
+    members: int = 1
+    stripe_bytes: int = 0
+    """What lies side by side on one member; 0 where there is only one."""
+    member_bytes: int = 0
+    """Size of this member at the time of the format; 0 where there is only one."""
 
     @staticmethod
     def new_store_id() -> str:
@@ -50,7 +62,7 @@ class Header:
         """The block, HEADER_BYTES long."""
         fields = _LAYOUT.pack(
             _MAGIC,
-            HEADER_VERSION,
+            VERSION_STRIPED if self.members > 1 else VERSION_SINGLE,
             HEADER_BYTES,
             bytes.fromhex(self.store_id),
             self.size_bytes,
@@ -59,6 +71,10 @@ class Header:
             self.data_offset,
             self.created_unix,
         )
+        if self.members > 1:
+            fields += _STRIPED_LAYOUT.pack(
+                self.member, self.members, self.stripe_bytes, self.member_bytes
+            )
         body = fields.ljust(_CHECKED_BYTES, b"\0")
         return body + _CHECKSUM.pack(checksum(body))
 
@@ -93,11 +109,11 @@ class Header:
                 f"store from a backup, or start anew with `dualblade format {target}`"
             )
         _, version, _, store_id, size, lba, chunk, data_offset, created = _LAYOUT.unpack_from(block)
-        if version != HEADER_VERSION:
+        if version not in (VERSION_SINGLE, VERSION_STRIPED):
             raise UnsupportedError(
                 f"the store on {target} was written in format version {version}; this release "
-                f"reads version {HEADER_VERSION}: use the one that wrote it, or start anew with "
-                f"`dualblade format {target}`, which loses what is stored"
+                f"reads version {VERSION_SINGLE} and {VERSION_STRIPED}: use the one that wrote it, "
+                f"or start anew with `dualblade format {target}`, which loses what is stored"
             )
         (expected,) = _CHECKSUM.unpack_from(block, _CHECKED_BYTES)
         if checksum(block[:_CHECKED_BYTES]) != expected:
@@ -106,7 +122,10 @@ class Header:
                 "overwritten in part; restore it from a backup, or start anew with "
                 f"`dualblade format {target}`"
             )
-        return cls(store_id.hex(), size, lba, chunk, data_offset, created)
+        striped = (
+            _STRIPED_LAYOUT.unpack_from(block, _LAYOUT.size) if version == VERSION_STRIPED else ()
+        )
+        return cls(store_id.hex(), size, lba, chunk, data_offset, created, *striped)
 
     def check_device(self, size_bytes: int, lba_bytes: int, target: str | os.PathLike[str]) -> None:
         """Whether a device of this size and logical block can hold the store.

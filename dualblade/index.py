@@ -28,7 +28,9 @@ fifth of the bandwidth (measured on flash drives with 16 KiB and larger indirect
 class Index:
     """Entries by key, over one map of extents in [data_offset, size_bytes)."""
 
-    def __init__(self, size_bytes: int, data_offset: int, chunk_bytes: int) -> None:
+    def __init__(
+        self, size_bytes: int, data_offset: int, chunk_bytes: int, *, is_striped: bool = False
+    ) -> None:
         self.entries: dict[str, Entry] = {}
         self.extents = _core.ExtentMap(size_bytes, _core.BLOCK_BYTES)
         self.extents.reserve(0, data_offset)
@@ -37,6 +39,7 @@ class Index:
         self.is_clean = True
         self.chunk_bytes = chunk_bytes
         self._data_offset = data_offset
+        self._is_striped = is_striped
         self._used_bytes = 0
         self._changed: dict[str, None] = {}
         self._deleted: dict[str, None] = {}
@@ -99,6 +102,9 @@ class Index:
         try:
             for size in sizes:
                 align = LARGE_ALIGN_BYTES if size >= LARGE_BYTES else 0
+                if self._is_striped:
+                    # No request is to be on two members: a stripe unit is some chunks.
+                    align = min(1 << (size - 1).bit_length(), self.chunk_bytes)
                 offsets.append(allocate(size, align) if size else 0)
         except BaseException as error:
             for offset, taken in zip(offsets, sizes, strict=False):

@@ -10,9 +10,10 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -31,14 +32,18 @@ from dualblade.header import DATA_OFFSET, HEADER_BYTES, Header
 from dualblade.index import Index
 from dualblade.memory import format_size, page_cache_budget, parse_size
 from dualblade.residency import POLICIES, Policy, Residency
-from dualblade.safety import Target, check_target
+from dualblade.safety import Target, check_targets
 from dualblade.store import TensorStore
 
 CHUNK_BYTES = 256 << 10
 """What one checksum covers: small enough that reading a part of a tensor reads little more than
 that part, large enough to cost next to nothing."""
 STAGING_BYTES = 8 << 20
-SIZE_MIN_BYTES = DATA_OFFSET + (1 << 20)
+STRIPE_BYTES = 1 << 20
+"""Of several drives, unless asked otherwise: a tensor of some megabytes is on all of them, and one
+of them reads or writes enough at once for its own bandwidth."""
+STRIPE_MAX_BYTES = 1 << 30
+DATA_MIN_BYTES = 1 << 20
 VERIFY = ("always", "open", "never")
 
 _SQLITE_PAGE_BYTES = 4096
@@ -48,9 +53,10 @@ _said: set[str] = set()
 
 
 def open_store(
-    target: str | os.PathLike[str],
+    target: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     size: str | int | None = None,
+    stripe: str | int | None = None,
     create: bool | None = None,
     format: bool = False,
     memory: str | int = "auto",
@@ -62,11 +68,16 @@ def open_store(
     durable: bool = False,
     verify: Literal["always", "open", "never"] = "always",
 ) -> TensorStore:
-    """Opens the store on a file or block device.
+    """Opens the store on a file or block device, or one that is striped over several.
 
     A file that does not exist is created when `size` ("8GiB", or bytes) is given; a store that
     exists is opened as it is, with what was stored at its last `flush()` or `close()`.
 
+    target   a path, or a list of paths, always in the same order: each tensor is spread over all
+             of them then, and all work at it. Without one of them nothing can be read.
+    size     of the whole store; several files that are created share it evenly.
+    stripe   how much lies side by side on one of several: "1MiB", a power of two of at least
+             256 KiB, fixed at the format.
     create   True: it must not exist yet; False: it must exist.
     format   True: make a new, empty store of whatever is there. Never of a device in use.
     memory   what page-cached tensors may take: "auto" follows the memory that is free now, a size
@@ -82,38 +93,44 @@ def open_store(
     CorruptionError, UnsupportedError, and ValueError for an option that makes no sense.
     """
     _check_options(policy, verify, durable)
-    path = os.fsdecode(target)
-    size_bytes = None if size is None else _checked_size(size)
+    layout = _layout(target, stripe)
+    size_bytes = None if size is None else layout.checked_size(size)
     budget = page_cache_budget(memory, STAGING_BYTES)
-    with _created(path, size_bytes, create) as is_new:
-        found = check_target(path, formatting=format or is_new)
-        if found.header is None and found.kind == "file":
-            _refuse_strange_catalog(path)
-            if not is_new:
-                _set_size(found, size_bytes)
-        elif size_bytes is not None and not is_new and found.header is not None:
-            _mention_size(path, size_bytes, found.header.size_bytes)
+    with _created(layout, size_bytes, create, formatting=format) as is_new:
+        found = check_targets(layout.paths, formatting=format or is_new)
+        header = found[0].header
+        if header is None:
+            _make_ready(layout, found, None if is_new else size_bytes)
+        else:
+            layout = _as_it_is(layout, header, size, stripe)
         device = _core.Device.open(
-            path,
+            layout.paths,
             engine,
             queue_depth,
-            chunk_bytes=found.header.chunk_bytes if found.header else CHUNK_BYTES,
+            chunk_bytes=header.chunk_bytes if header else CHUNK_BYTES,
             staging_bytes=STAGING_BYTES,
+            stripe_bytes=layout.stripe_bytes,
             sqpoll=sqpoll,
             iopoll=iopoll,
         )
-        try:
-            fallbacks = _fallbacks(device, engine)
+        with _closed_on_error(device):
+            notes = _fallbacks(device, engine)
             residency = Residency(policy, budget.bytes)
-            index, catalog = _load(device, found, residency)
-        except BaseException:
-            device.close()
-            raise
-    store = TensorStore(device, index, catalog, residency, verify=verify, fallbacks=fallbacks)
+            index, catalog = _load(device, layout, found, residency)
+    store = TensorStore(device, index, catalog, residency, verify=verify, fallbacks=notes)
     _open_stores.add(store)
     if verify == "open":
         _verify_all(store)
     return store
+
+
+@contextmanager
+def _closed_on_error(device: _core.Device) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        device.close()
+        raise
 
 
 # ---- options ------------------------------------------------------------------------------------
@@ -131,23 +148,88 @@ def _check_options(policy: str, verify: str, durable: bool) -> None:
         )
 
 
-def _checked_size(size: str | int) -> int:
-    size_bytes = parse_size(size)
-    if size_bytes < SIZE_MIN_BYTES:
+class _Layout(NamedTuple):
+    """Where a store lies: its members and what lies side by side on one of them."""
+
+    paths: list[str]
+    stripe_bytes: int
+    """0 where there is only one."""
+
+    @property
+    def name(self) -> str:
+        return ", ".join(self.paths)
+
+    @property
+    def data_offset(self) -> int:
+        """Behind the headers, of which each is at the start of its member."""
+        return max(DATA_OFFSET, len(self.paths) * self.stripe_bytes)
+
+    @property
+    def unit_bytes(self) -> int:
+        """The size of a store is a multiple of this."""
+        return len(self.paths) * self.stripe_bytes or HEADER_BYTES
+
+    @property
+    def least_bytes(self) -> int:
+        return self.data_offset + max(DATA_MIN_BYTES, self.unit_bytes)
+
+    @property
+    def least_text(self) -> str:
+        where = f" over {len(self.paths)} members" if len(self.paths) > 1 else ""
+        return f"a store{where} takes at least {format_size(self.least_bytes)}"
+
+    def header_offset(self, member: int) -> int:
+        return member * self.stripe_bytes
+
+    def checked_size(self, size: str | int) -> int:
+        """Bytes of all members together."""
+        size_bytes = parse_size(size)
+        if size_bytes < self.least_bytes:
+            raise ValueError(f"size={size!r} is too small: {self.least_text}")
+        return size_bytes // self.unit_bytes * self.unit_bytes
+
+
+def _layout(
+    target: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], stripe: str | int | None
+) -> _Layout:
+    targets = target if isinstance(target, (list, tuple)) else [target]
+    paths = [os.fsdecode(each) for each in targets]
+    if not paths:
+        raise ValueError("give at least one file or block device to open")
+    for i, path in enumerate(paths):
+        if os.path.realpath(path) in map(os.path.realpath, paths[:i]):
+            raise ValueError(f"{path} is given twice: give each member of a striped store once")
+    stripe_bytes = STRIPE_BYTES if stripe is None else parse_size(stripe)
+    is_power = stripe_bytes & (stripe_bytes - 1) == 0
+    if not is_power or not CHUNK_BYTES <= stripe_bytes <= STRIPE_MAX_BYTES:
         raise ValueError(
-            f"size={size!r} is too small: a store takes at least {format_size(SIZE_MIN_BYTES)}"
+            f"stripe={stripe!r} must be a power of two from {format_size(CHUNK_BYTES)} to "
+            f"{format_size(STRIPE_MAX_BYTES)}"
         )
-    return size_bytes // HEADER_BYTES * HEADER_BYTES
+    return _Layout(paths, stripe_bytes if len(paths) > 1 else 0)
 
 
-def _mention_size(path: str, size_bytes: int, found_bytes: int) -> None:
-    if size_bytes != found_bytes:
+def _as_it_is(
+    asked: _Layout, header: Header, size: str | int | None, stripe: str | int | None
+) -> _Layout:
+    """The layout of a store that exists, whatever was asked for."""
+    differences = []
+    words = []
+    layout = asked._replace(stripe_bytes=header.stripe_bytes)
+    if size is not None and layout.checked_size(size) != header.size_bytes:
+        differences.append(format_size(header.size_bytes))
+        words.append(f"size={format_size(parse_size(size))}")
+    if stripe is not None and asked.stripe_bytes != header.stripe_bytes:
+        differences.append(f"stripes of {format_size(header.stripe_bytes)}")
+        words.append(f"stripe={format_size(asked.stripe_bytes)}")
+    if differences:
         warnings.warn(
-            f"{path} exists with {format_size(found_bytes)} and is opened as it is, not with "
-            f"size={format_size(size_bytes)}; format=True would make it anew, empty",
+            f"{layout.name} exists with {' and '.join(differences)} and is opened as it is, not "
+            f"with {' and '.join(words)}; format=True would make it anew, empty",
             DualbladeWarning,
             stacklevel=3,
         )
+    return layout
 
 
 def _fallbacks(device: _core.Device, engine: str) -> list[str]:
@@ -174,27 +256,52 @@ def _fallbacks(device: _core.Device, engine: str) -> list[str]:
 
 
 @contextmanager
-def _created(path: str, size_bytes: int | None, create: bool | None) -> Iterator[bool]:
-    """Makes the file if it is to be made; whether it was. Removed again if what follows fails."""
+def _created(
+    layout: _Layout, size_bytes: int | None, create: bool | None, *, formatting: bool
+) -> Iterator[bool]:
+    """Makes the files if they are to be made; whether all of them were. Those that were are removed
+    again if what follows fails."""
+    missing = [path for path in layout.paths if not _exists(path)]
+    present = [path for path in layout.paths if path not in missing]
+    if create and present:
+        raise DeviceError(
+            errno.EEXIST,
+            f"{present[0]} exists: leave create=True out to open it, or use another path",
+            present[0],
+        )
+    if missing and present and not (formatting and size_bytes is not None):
+        raise DeviceError(
+            errno.ENOENT,
+            f"{missing[0]} is missing: it does not exist, and {present[0]} does. A striped store "
+            f"needs all its members, in the order of its format; only where none of the files "
+            f"exists are they created",
+            missing[0],
+        )
+    if missing and (size_bytes is None or create is False):
+        raise device_error(errno.ENOENT, device=missing[0], operation="open")
+    made: list[str] = []
+    try:
+        for path in missing:
+            _create(path, (size_bytes or 0) // len(layout.paths))
+            made.append(path)
+        yield bool(missing) and not present
+    except BaseException:
+        for path in made:
+            os.unlink(path)
+        raise
+
+
+def _exists(path: str) -> bool:
     try:
         os.lstat(path)
     except FileNotFoundError:
-        exists = False
+        return False
     except OSError as error:
         raise device_error(error.errno or errno.EIO, device=path, operation="open") from error
-    else:
-        exists = True
-    if exists:
-        if create:
-            raise DeviceError(
-                errno.EEXIST,
-                f"{path} exists: leave create=True out to open it, or use another path",
-                path,
-            )
-        yield False
-        return
-    if size_bytes is None or create is False:
-        raise device_error(errno.ENOENT, device=path, operation="open")
+    return True
+
+
+def _create(path: str, size_bytes: int) -> None:
     if not os.path.isdir(os.path.dirname(path) or "."):
         # The kernel says ENOENT of the file, as if giving size= were what is missing.
         raise DeviceError(
@@ -208,19 +315,34 @@ def _created(path: str, size_bytes: int | None, create: bool | None) -> Iterator
     except OSError as error:
         raise device_error(error.errno or errno.EIO, device=path, operation="create") from error
     try:
-        try:
-            # Now rather than later: a file with holes could run out of space under a tensor.
-            os.posix_fallocate(fd, 0, size_bytes)
-        except OSError as error:
-            raise device_error(
-                error.errno or errno.EIO, device=path, operation="create", length=size_bytes
-            ) from error
-        finally:
-            os.close(fd)
-        yield True
+        # Now rather than later: a file with holes could run out of space under a tensor.
+        os.posix_fallocate(fd, 0, size_bytes)
+    except OSError as error:
+        os.unlink(path)
+        raise device_error(
+            error.errno or errno.EIO, device=path, operation="create", length=size_bytes
+        ) from error
     except BaseException:
         os.unlink(path)
         raise
+    finally:
+        os.close(fd)
+
+
+def _make_ready(layout: _Layout, found: Sequence[Target], size_bytes: int | None) -> None:
+    """What is to be formatted gets the size asked for, if it is a file."""
+    if found[0].kind == "file":
+        _refuse_strange_catalog(found[0].path)
+    least_bytes = layout.least_bytes // len(found)
+    for target in found:
+        if target.kind == "file":
+            if size_bytes is not None:
+                _set_size(target, size_bytes // len(found))
+            elif target.size_bytes < least_bytes:
+                raise ValueError(
+                    f"{target.path} has {format_size(target.size_bytes)}, too little for a store: "
+                    f"give size="
+                )
 
 
 def _refuse_strange_catalog(target: str) -> None:
@@ -257,14 +379,8 @@ def _bears_header(target: str) -> bool:
         return True  # damaged, or of another version
 
 
-def _set_size(found: Target, size_bytes: int | None) -> None:
-    """Gives a file that is about to be formatted the size asked for."""
-    if size_bytes is None or size_bytes == found.size_bytes:
-        if found.size_bytes < SIZE_MIN_BYTES:
-            raise ValueError(
-                f"{found.path} has {format_size(found.size_bytes)}, too little for a store: "
-                f"give size="
-            )
+def _set_size(found: Target, size_bytes: int) -> None:
+    if size_bytes == found.size_bytes:
         return
     fd = os.open(found.path, os.O_RDWR | os.O_CLOEXEC)
     try:
@@ -283,15 +399,19 @@ def _set_size(found: Target, size_bytes: int | None) -> None:
 # ---- the store on it ----------------------------------------------------------------------------
 
 
-def _load(device: _core.Device, found: Target, residency: Residency) -> tuple[Index, Catalog]:
+def _load(
+    device: _core.Device, layout: _Layout, members: Sequence[Target], residency: Residency
+) -> tuple[Index, Catalog]:
+    found = members[0]
     if found.header is None:
-        header = _format(device)
+        header = _format(device, layout)
         path = catalog_path(found.path, found.kind, header.store_id)
         catalog = Catalog.create(path, header.store_id)
-        return Index(header.size_bytes, header.data_offset, header.chunk_bytes), catalog
-    header = _read_header(device, found)
-    header.check_device(device.info.size, device.info.lba_size, target=found.path)
-    index = Index(header.size_bytes, header.data_offset, header.chunk_bytes)
+        return _index(header), catalog
+    _check_headers(device, layout, members)
+    header = found.header
+    header.check_device(device.info.size, device.info.lba_size, target=layout.name)
+    index = _index(header)
     path = catalog_path(found.path, found.kind, header.store_id)
     try:
         catalog = Catalog.open(path, header.store_id)
@@ -308,22 +428,20 @@ def _load(device: _core.Device, found: Target, residency: Residency) -> tuple[In
         if catalog.clean:
             index.load(catalog, residency)
         else:
-            catalog = _drop_unclean(catalog, path, header, found)
+            catalog = _drop_unclean(catalog, path, header, layout.name)
     except BaseException:
         catalog.close()
         raise
     return index, catalog
 
 
-def _drop_unclean(
-    catalog: Catalog, path: os.PathLike[str], header: Header, found: Target
-) -> Catalog:
+def _drop_unclean(catalog: Catalog, path: os.PathLike[str], header: Header, name: str) -> Catalog:
     """Without durability nothing says which of a killed process's writes arrived: better nothing
     than a mixture of old and new."""
     count = sum(1 for _ in catalog.records())
     catalog.close()
     warnings.warn(
-        f"the store on {found.path} was changed and not closed or flushed when its process ended: "
+        f"the store on {name} was changed and not closed or flushed when its process ended: "
         f"it starts empty, and the {count} tensors of its last save are dropped",
         DualbladeWarning,
         stacklevel=4,
@@ -331,38 +449,61 @@ def _drop_unclean(
     return Catalog.create(path, header.store_id)
 
 
-def _format(device: _core.Device) -> Header:
+def _index(header: Header) -> Index:
+    return Index(
+        header.size_bytes,
+        header.data_offset,
+        header.chunk_bytes,
+        is_striped=header.members > 1,
+    )
+
+
+def _format(device: _core.Device, layout: _Layout) -> Header:
     info = device.info
-    if info.size < SIZE_MIN_BYTES:
+    if info.size < layout.least_bytes:
         raise ValueError(
-            f"{info.target} has {format_size(info.size)}, too little for a store: it takes at "
-            f"least {format_size(SIZE_MIN_BYTES)}"
+            f"{info.target} has {format_size(info.size)}, too little: {layout.least_text}"
         )
-    header = Header(
+    first = Header(
         store_id=Header.new_store_id(),
         size_bytes=info.size,
         lba_bytes=info.lba_size,
         chunk_bytes=CHUNK_BYTES,
-        data_offset=DATA_OFFSET,
+        data_offset=layout.data_offset,
         created_unix=int(time.time()),
     )
-    device.write([(0, header.pack())]).wait()
+    headers = [first]
+    if layout.stripe_bytes:
+        headers = [
+            replace(
+                first,
+                member=member,
+                members=len(layout.paths),
+                stripe_bytes=layout.stripe_bytes,
+                member_bytes=size_bytes,
+            )
+            for member, size_bytes in enumerate(info.member_sizes)
+        ]
+    device.write(
+        [(layout.header_offset(member), each.pack()) for member, each in enumerate(headers)]
+    ).wait()
     device.flush()
-    return header
+    return headers[0]
 
 
-def _read_header(device: _core.Device, found: Target) -> Header:
-    """Once more, now that nobody else can write to it."""
-    block = _core.aligned_empty(HEADER_BYTES, np.uint8)
-    device.read([(0, block)]).wait()
-    header = Header.unpack(block, target=found.path)
-    if header != found.header:
-        raise DeviceRefusedError(
-            errno.EPERM,
-            f"{found.path} was formatted by another process just now: open it again",
-            found.path,
-        )
-    return header
+def _check_headers(device: _core.Device, layout: _Layout, members: Sequence[Target]) -> None:
+    """Once more, now that nobody else can write to them."""
+    blocks = [_core.aligned_empty(HEADER_BYTES, np.uint8) for _ in members]
+    device.read(
+        [(layout.header_offset(member), block) for member, block in enumerate(blocks)]
+    ).wait()
+    for found, block in zip(members, blocks, strict=True):
+        if Header.unpack(block, target=found.path) != found.header:
+            raise DeviceRefusedError(
+                errno.EPERM,
+                f"{found.path} was formatted by another process just now: open it again",
+                found.path,
+            )
 
 
 def _verify_all(store: TensorStore) -> None:

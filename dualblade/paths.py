@@ -47,8 +47,10 @@ class DirectPath:
         if left_bytes:
             # Cached in one piece with the neighbours, since all this was one tensor that is gone:
             # the neighbours have to go too, and come back when they are read.
-            start = offset // FOLIO_MAX_BYTES * FOLIO_MAX_BYTES
-            stop = -(-(offset + length) // FOLIO_MAX_BYTES) * FOLIO_MAX_BYTES
+            # Of a striped device that many bytes of each member.
+            unit = FOLIO_MAX_BYTES * len(self._device.info.targets)
+            start = offset // unit * unit
+            stop = -(-(offset + length) // unit) * unit
             self._device.drop_cached(start, min(stop, self._device.info.size) - start)
 
 

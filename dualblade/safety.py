@@ -11,6 +11,8 @@ import errno
 import os
 import re
 import stat
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -54,31 +56,172 @@ def check_target(
     and, unless formatting, UnsupportedError for a store of another format version and
     CorruptionError for a damaged header.
     """
-    target = os.fspath(path)
+    look = _look_at(os.fspath(path), formatting, Path(proc), Path(sys))
+    found = look.target
+    if found.header is None and found.size_bytes and not formatting:
+        raise _not_a_store(look, [found.path])
+    if found.header is not None and found.header.members > 1:
+        header = found.header
+        raise _refused(
+            found.path,
+            f"{found.path} is member {header.member} of a store that is striped over "
+            f"{header.members}: give all of them, from member 0 to member {header.members - 1}, as "
+            f"a list",
+        )
+    return found
+
+
+def check_targets(
+    paths: Sequence[str | os.PathLike[str]],
+    *,
+    formatting: bool,
+    proc: str | Path = "/proc",
+    sys: str | Path = "/sys",
+) -> list[Target]:
+    """Looks at the members of a striped store, in their order, as `check_target` does at one.
+
+    Either all of them have a header, and they are the members of one store, all of them, in the
+    order and not smaller than at its format; or none has, because they are empty or are being
+    formatted. Raises what check_target does, and ValueError for one that is given twice.
+    """
+    targets = [os.fspath(path) for path in paths]
+    if len(targets) == 1:
+        return [check_target(targets[0], formatting=formatting, proc=proc, sys=sys)]
+    looks = [_look_at(target, formatting, Path(proc), Path(sys)) for target in targets]
+    _refuse_twice(looks)
+    found = [look.target for look in looks]
+    if formatting:
+        return found
+    if any(target.header for target in found):
+        _check_members(looks)
+    else:
+        for look in looks:
+            if look.target.size_bytes:
+                raise _not_a_store(look, targets)
+    return found
+
+
+def _refused(target: str, words: str) -> DeviceRefusedError:
+    return DeviceRefusedError(errno.EPERM, words, target)
+
+
+# ---- members of a striped store -----------------------------------------------------------------
+
+
+def _refuse_twice(looks: Sequence[_Look]) -> None:
+    for i, look in enumerate(looks):
+        for other in looks[:i]:
+            if look.identity == other.identity:
+                raise ValueError(
+                    f"{look.target.path} is the same {look.target.kind} as {other.target.path}: "
+                    f"give each member of a striped store once"
+                )
+
+
+def _check_members(looks: Sequence[_Look]) -> None:
+    """Whether these, of which at least one has a header, are one striped store."""
+    ids = Counter(look.target.header.store_id for look in looks if look.target.header)
+    store_id = ids.most_common(1)[0][0]
+    others = "give the member that belongs there, or start anew with format=True, which loses what "
+    others += "is stored on all of them"
+    known = [look.target for look in looks if _has(look.target, store_id)]
+    for place, look in enumerate(looks):
+        path, header = look.target.path, look.target.header
+        if header is None:
+            held = _held(look) if look.target.size_bytes else "it is empty"
+            raise _refused(
+                path, f"{path} is not a member of the store on {known[0].path}: {held}; {others}"
+            )
+        if header.members == 1:
+            raise _refused(
+                path,
+                f"{path} holds a store of its own, not striped: open it alone, or {others}",
+            )
+        if header.store_id != store_id:
+            raise _refused(
+                path,
+                f"{path}, given as member {place}, is member {header.member} of another store "
+                f"({header.store_id}) than {known[0].path} ({store_id}); {others}",
+            )
+    _check_order([(target.path, target.header) for target in known if target.header])
+    for target in known:
+        if target.header and target.size_bytes < target.header.member_bytes:
+            raise _refused(
+                target.path,
+                f"{target.path} was resized: it has {target.size_bytes} bytes, but had "
+                f"{target.header.member_bytes} when the store was made; restore its size and "
+                f"content, or start anew with format=True, which loses what is stored",
+            )
+
+
+def _has(target: Target, store_id: str) -> bool:
+    return target.header is not None and target.header.store_id == store_id
+
+
+def _check_order(members: Sequence[tuple[str, Header]]) -> None:
+    by_place: dict[int, str] = {}
+    for path, header in members:
+        if header.member in by_place:
+            raise _refused(
+                path,
+                f"{path} is a copy of {by_place[header.member]}: both say that they are member "
+                f"{header.member} of the store; give the other members instead of one of them",
+            )
+        by_place[header.member] = path
+    count = members[0][1].members
+    missing = [str(place) for place in range(count) if place not in by_place]
+    if missing:
+        have = ", ".join(f"{path} is member {place}" for place, path in sorted(by_place.items()))
+        raise _refused(
+            members[0][0],
+            f"the store is striped over {count}, and {len(members)} are given: member "
+            f"{', '.join(missing)} is missing ({have}); give all of them",
+        )
+    for place, (path, header) in enumerate(members):
+        if header.member != place:
+            right = [by_place[each] for each in range(count)]
+            raise _refused(
+                path,
+                f"{path} is given as member {place}, but is member {header.member}: the order is "
+                f"swapped; give {right!r}",
+            )
+
+
+# ---- what it is ---------------------------------------------------------------------------------
+
+
+class _Look(NamedTuple):
+    target: Target
+    status: os.stat_result
+    beginning: bytes
+    sys: Path
+
+    @property
+    def identity(self) -> tuple[str, int, int]:
+        """What is the same of two names of the same file or device."""
+        status = self.status
+        if self.target.kind == "block":
+            return "block", status.st_rdev, 0
+        return "file", status.st_dev, status.st_ino
+
+
+def _look_at(target: str, formatting: bool, proc: Path, sys: Path) -> _Look:
+    """Refuses what is in use or can't hold a store; whatever else it holds is for the caller."""
     try:
         status = os.stat(target)
     except OSError as error:
         raise device_error(error.errno or errno.EIO, device=target, operation="open") from error
     kind = _kind(target, status)
     if kind == "block":
-        _refuse_used_block_device(target, status.st_rdev, Path(proc), Path(sys))
+        _refuse_used_block_device(target, status.st_rdev, proc, sys)
     else:
-        _refuse_used_file(target, status, Path(proc), Path(sys))
+        _refuse_used_file(target, status, proc, sys)
     _refuse_unwritable(target)
     beginning, size_bytes = _read_beginning(target, kind)
     if kind == "block" and size_bytes == 0:
         raise device_error(errno.ENOMEDIUM, device=target, operation="open")
-    if formatting or size_bytes == 0:
-        return Target(target, kind, size_bytes, None)
-    header = Header.find(beginning[:HEADER_BYTES], target=target)
-    if header is None:
-        raise DeviceRefusedError(
-            errno.EPERM, _not_a_store(target, kind, beginning, status, Path(sys)), target
-        )
-    return Target(target, kind, size_bytes, header)
-
-
-# ---- what it is ---------------------------------------------------------------------------------
+    header = None if formatting else Header.find(beginning[:HEADER_BYTES], target=target)
+    return _Look(Target(target, kind, size_bytes, header), status, beginning, sys)
 
 
 def _kind(target: str, status: os.stat_result) -> Literal["file", "block"]:
@@ -130,20 +273,23 @@ def _read_beginning(target: str, kind: str) -> tuple[bytes, int]:
         raise device_error(error.errno or errno.EIO, device=target, operation="open") from error
 
 
-def _not_a_store(
-    target: str, kind: str, beginning: bytes, status: os.stat_result, sys: Path
-) -> str:
-    """Why this is not opened, and the command that would overrule it."""
-    held = _held(target, kind, beginning, status, sys)
-    return (
-        f"{target} is not a dualblade store: {held}. Nothing was written. To lose what is on it "
-        f"and make it a store: `dualblade format {target}`, or dualblade.open({target!r}, "
-        "format=True)"
+def _not_a_store(look: _Look, targets: Sequence[str]) -> DeviceRefusedError:
+    """Why this is not opened, and the command that would overrule it for all that were given."""
+    path = look.target.path
+    given = repr(targets[0] if len(targets) == 1 else list(targets))
+    return _refused(
+        path,
+        f"{path} is not a dualblade store: {_held(look)}. Nothing was written. To lose what is on "
+        f"it and make it a store: `dualblade format {' '.join(targets)}`, or dualblade.open("
+        f"{given}, format=True)",
     )
 
 
-def _held(target: str, kind: str, beginning: bytes, status: os.stat_result, sys: Path) -> str:
-    partitions = _partitions(_block_directory(sys, status.st_rdev)) if kind == "block" else []
+def _held(look: _Look) -> str:
+    target, beginning = look.target.path, look.beginning
+    partitions = []
+    if look.target.kind == "block":
+        partitions = _partitions(_block_directory(look.sys, look.status.st_rdev))
     if partitions:
         return f"it is partitioned ({', '.join(sorted(node.name for node in partitions))})"
     try:

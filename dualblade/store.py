@@ -28,7 +28,8 @@ IS_FULL = operator.attrgetter("is_full")
 
 
 class TensorStore(EntryTransfer):
-    """Tensors on one file or block device. Made by `dualblade.open`; safe for many threads.
+    """Tensors on one file or block device, or striped over several. Made by `dualblade.open`; safe
+    for many threads.
 
     Every method raises ClosedError after `close()`, KeyNotFoundError for an unknown key, and
     DeviceError with device, operation, offset and length when the device fails.
@@ -290,6 +291,8 @@ class TensorStore(EntryTransfer):
             info = self._device.info
             return {
                 "target": info.target,
+                "targets": list(info.targets),
+                "stripe_bytes": info.stripe_bytes,
                 "engine": info.engine,
                 "pagecache_engine": info.pagecache_engine,
                 "direct": info.direct,

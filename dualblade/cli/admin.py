@@ -16,12 +16,14 @@ from dualblade.catalog import Catalog, catalog_path
 from dualblade.errors import DualbladeError, DualbladeWarning
 from dualblade.header import HEADER_BYTES, Header
 from dualblade.memory import format_size, limits
-from dualblade.safety import check_target
+from dualblade.safety import check_targets
 
 EXAMPLES = """\
 examples:
   dualblade format kv.img --size 8GiB       a new store in a file
   dualblade format /dev/nvme1n1             a new store on a raw device; asks before it overwrites
+  dualblade format a.img b.img --size 8GiB --stripe 1MiB
+                                            a new store that is striped over several
   dualblade info kv.img                     what it is: size, blocks, engine, memory
   dualblade stat kv.img                     what is in it
   dualblade check kv.img                    read everything against its checksums
@@ -73,25 +75,43 @@ def _parser() -> argparse.ArgumentParser:
         ("check", _check, "read every tensor against its checksums"),
     ):
         command = commands.add_parser(name, help=words, description=f"{words.capitalize()}.")
-        command.add_argument("target", help="a file, or a block device such as /dev/nvme1n1")
+        command.add_argument(
+            "targets",
+            nargs="+",
+            metavar="target",
+            help="a file, or a block device such as /dev/nvme1n1; several, in the order of their "
+            "format, are one striped store",
+        )
         command.set_defaults(run=run)
         if name == "format":
-            command.add_argument("--size", help="of a file: 8GiB, 500MB, or bytes")
+            command.add_argument("--size", help="of a file, or all together: 8GiB, 500MB, or bytes")
+            command.add_argument("--stripe", help="of several: 1MiB (the default), 256KiB, ...")
             command.add_argument("--yes", action="store_true", help="do not ask")
         else:
             command.add_argument("--json", action="store_true", help="for scripts")
     return parser
 
 
+def _name(options: argparse.Namespace) -> str:
+    return ", ".join(options.targets)
+
+
 def _format(options: argparse.Namespace) -> int:
-    if os.path.lexists(options.target):
-        found = check_target(options.target, formatting=True)
-        what = _content(options.target)
-        if what and not options.yes and not _confirm(options.target, found.size_bytes, what):
+    present = [target for target in options.targets if os.path.lexists(target)]
+    if present:
+        held = [
+            f"{found.path} ({format_size(found.size_bytes)}) holds {what}."
+            for found in check_targets(present, formatting=True)
+            if (what := _content(found.path))
+        ]
+        if held and not options.yes and not _confirm(held):
             return 1
-    with dualblade.open(options.target, size=options.size, format=True) as store:
+    with dualblade.open(
+        options.targets, size=options.size, stripe=options.stripe, format=True
+    ) as store:
         size = format_size(store.stats()["free_bytes"])
-    print(f"{options.target} is an empty store with room for {size}")
+    verb = "are" if len(options.targets) > 1 else "is"
+    print(f"{_name(options)} {verb} an empty store with room for {size}")
     return 0
 
 
@@ -111,8 +131,8 @@ def _content(target: str) -> str:
     return "data that dualblade does not know" if beginning.strip(b"\0") else ""
 
 
-def _confirm(target: str, size_bytes: int, what: str) -> bool:
-    print(f"{target} ({format_size(size_bytes)}) holds {what}. Formatting loses all of it.")
+def _confirm(held: Sequence[str]) -> bool:
+    print(*held, "Formatting loses all of it.")
     if not sys.stdin.isatty():
         print("Nothing was changed. Give --yes to format it.", file=sys.stderr)
         return False
@@ -127,23 +147,38 @@ def _confirm(target: str, size_bytes: int, what: str) -> bool:
     return True
 
 
+def _headers(options: argparse.Namespace) -> list[Header]:
+    """Those that there are. Several targets are members of one store, in order, or of none."""
+    found = check_targets(options.targets, formatting=True)
+    headers = []
+    for member in found:
+        if member.size_bytes < HEADER_BYTES:
+            raise ValueError(
+                f"{member.path} has {format_size(member.size_bytes)}: it holds no store, and is "
+                f"too small to say more of"
+            )
+        with open(member.path, "rb") as file:
+            header = Header.find(file.read(HEADER_BYTES), target=member.path)
+        if header is not None:
+            headers.append(header)
+    if headers and len(found) > 1:
+        check_targets(options.targets, formatting=False)
+    return headers
+
+
 def _info(options: argparse.Namespace) -> int:
-    found = check_target(options.target, formatting=True)
-    if found.size_bytes < HEADER_BYTES:
-        raise ValueError(
-            f"{options.target} has {format_size(found.size_bytes)}: it holds no store, and is too "
-            f"small to say more of"
-        )
-    with open(options.target, "rb") as file:
-        header = Header.find(file.read(HEADER_BYTES), target=options.target)
-    with dualblade.Device.open(options.target, read_only=True) as device:
+    headers = _headers(options)
+    header = headers[0] if headers else None
+    stripe = {"stripe_bytes": header.stripe_bytes} if header and header.stripe_bytes else {}
+    with dualblade.Device.open(options.targets, read_only=True, **stripe) as device:
         about = device.info._asdict()
+    kind = "block" if about["block_device"] else "file"
     memory = limits()
     report = {
-        "kind": found.kind,
+        "kind": kind,
         "device": about,
         "store": None if header is None else vars(header),
-        "signature": _core.find_signature(options.target),
+        "signature": ", ".join(filter(None, map(_core.find_signature, options.targets))),
         "memory": {
             "available_bytes": memory.available_bytes,
             "cgroup_limit_bytes": memory.cgroup_limit_bytes,
@@ -154,9 +189,12 @@ def _info(options: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
         return 0
     is_store = "a dualblade store" if header else "not a dualblade store"
-    print(f"{options.target}: {found.kind}, {format_size(about['size'])}, {is_store}")
+    if header and len(options.targets) < header.members:
+        is_store = f"member {header.member} of {header.members} of a dualblade store"
+    print(f"{_name(options)}: {kind}, {format_size(about['size'])}, {is_store}")
     _print_table(
         {
+            "stripe": format_size(header.stripe_bytes) if stripe and header else "",
             "logical block": f"{about['lba_size']} bytes",
             "physical block": f"{about['physical_block_size']} bytes",
             "memory alignment": f"{about['memory_align']} bytes",
@@ -173,33 +211,36 @@ def _info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_unclean(target: str) -> None:
+def _refuse_unclean(options: argparse.Namespace) -> None:
     """Opening a store whose process was killed drops what it holds; looking at it must not."""
-    found = check_target(target, formatting=False)
+    found = check_targets(options.targets, formatting=False)[0]
     if found.header is None:
-        raise ValueError(f"{target} is empty: `dualblade format {target} --size ...` makes a store")
-    path = catalog_path(target, found.kind, found.header.store_id)
+        given = " ".join(options.targets)
+        raise ValueError(
+            f"{_name(options)} is empty: `dualblade format {given} --size ...` makes a store"
+        )
+    path = catalog_path(found.path, found.kind, found.header.store_id)
     with Catalog.open(path, found.header.store_id) as catalog:
         if catalog.clean:
             return
         count = sum(1 for _ in catalog.records())
     raise DualbladeError(
-        f"the store on {target} was changed and not closed or flushed when its process ended: the "
-        f"{count} tensors of its last save can't be trusted, and the next open starts empty. "
-        f"Nothing was written"
+        f"the store on {_name(options)} was changed and not closed or flushed when its process "
+        f"ended: the {count} tensors of its last save can't be trusted, and the next open starts "
+        f"empty. Nothing was written"
     )
 
 
 def _stat(options: argparse.Namespace) -> int:
-    _refuse_unclean(options.target)
-    with dualblade.open(options.target, create=False) as store:
+    _refuse_unclean(options)
+    with dualblade.open(options.targets, create=False) as store:
         stats = store.stats()
         tensors = [store.info(key)._asdict() for key in store.keys()]
     if options.json:
         print(json.dumps({**stats, "keys": tensors}, indent=2))
         return 0
     used = stats["total_bytes"] - stats["free_bytes"]
-    print(f"{options.target}: {len(tensors)} tensors")
+    print(f"{_name(options)}: {len(tensors)} tensors")
     _print_table(
         {
             "used": f"{format_size(used)} of {format_size(stats['total_bytes'])}",
@@ -217,8 +258,8 @@ def _stat(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
-    _refuse_unclean(options.target)
-    with dualblade.open(options.target, create=False, policy="direct") as store:
+    _refuse_unclean(options)
+    with dualblade.open(options.targets, create=False, policy="direct") as store:
         count = len(store)
         problems = store.check()
     if options.json:
@@ -226,7 +267,7 @@ def _check(options: argparse.Namespace) -> int:
     else:
         for problem in problems:
             print(problem)
-        print(f"{options.target}: {count} tensors read, {len(problems)} problems")
+        print(f"{_name(options)}: {count} tensors read, {len(problems)} problems")
     return 1 if problems else 0
 
 

@@ -1,7 +1,7 @@
 """The header: what is packed is found again, and nothing else is taken for it."""
 
 import struct
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 from hypothesis import given
@@ -13,15 +13,21 @@ from dualblade.header import DATA_OFFSET, HEADER_BYTES, Header
 
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
-headers = st.builds(
-    Header,
-    st.binary(min_size=16, max_size=16).map(bytes.hex),
-    size_bytes=u64,
-    lba_bytes=u32,
-    chunk_bytes=u32,
-    data_offset=u64,
-    created_unix=u64,
-)
+single = {
+    "store_id": st.binary(min_size=16, max_size=16).map(bytes.hex),
+    "size_bytes": u64,
+    "lba_bytes": u32,
+    "chunk_bytes": u32,
+    "data_offset": u64,
+    "created_unix": u64,
+}
+striped = {
+    "member": u32,
+    "members": st.integers(2, 2**32 - 1),
+    "stripe_bytes": u64,
+    "member_bytes": u64,
+}
+headers = st.builds(Header, **single) | st.builds(Header, **single, **striped)
 ONE = Header("00112233445566778899aabbccddeeff", 1 << 30, 512, 262144, DATA_OFFSET, 1_700_000_000)
 
 
@@ -34,7 +40,7 @@ def test_a_header_round_trips(header):
 
 
 def test_the_layout_is_what_is_written_down():
-    """Stores outlive releases: these places may not move while the version is 1."""
+    """Stores outlive releases: these places may not move while the version is 1 or 2."""
     block = ONE.pack()
     assert block[:8] == b"DUALBLAD"
     assert struct.unpack_from("<I", block, 8) == (1,)
@@ -48,6 +54,11 @@ def test_the_layout_is_what_is_written_down():
         1_700_000_000,
     )
     assert set(block[64:4088]) == {0}
+    member = replace(ONE, member=2, members=3, stripe_bytes=1 << 20, member_bytes=1 << 29).pack()
+    assert struct.unpack_from("<I", member, 8) == (2,)
+    assert member[12:64] == block[12:64]
+    assert struct.unpack_from("<IIQQ", member, 64) == (2, 3, 1 << 20, 1 << 29)
+    assert set(member[88:4088]) == {0}
     assert struct.unpack_from("<Q", block, 4088) == (checksum(block[:4088]),)
 
 
@@ -82,7 +93,7 @@ def test_a_header_cut_off_is_corrupt():
 def test_another_version_is_named_even_if_its_checksum_is_elsewhere():
     block = bytearray(ONE.pack())
     block[8:12] = struct.pack("<I", 7)
-    with pytest.raises(UnsupportedError, match=r"format version 7.*reads version 1"):
+    with pytest.raises(UnsupportedError, match=r"format version 7.*reads version 1 and 2"):
         Header.find(block, target="kv.img")
 
 

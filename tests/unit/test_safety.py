@@ -147,9 +147,9 @@ def test_a_damaged_or_newer_store_is_not_taken_for_a_strange_file(image):
     write(image, block)
     with pytest.raises(CorruptionError, match="checksum"):
         check_target(image, formatting=False)
-    block[8:12] = struct.pack("<I", 2)
+    block[8:12] = struct.pack("<I", 3)
     write(image, block)
-    with pytest.raises(UnsupportedError, match="version 2"):
+    with pytest.raises(UnsupportedError, match="version 3"):
         check_target(image, formatting=False)
     assert check_target(image, formatting=True).header is None
 
