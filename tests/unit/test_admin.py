@@ -161,3 +161,29 @@ def test_looking_at_a_store_that_was_not_closed_leaves_it_alone(target, command)
     assert done.stderr.count("\n") == 1
     assert "the 1 tensors" in done.stderr
     assert run(command, target).stderr == done.stderr
+
+
+def test_several_targets_are_one_striped_store(tmp_path):
+    a, b = tmp_path / "a.img", tmp_path / "b.img"
+    done = run("format", a, b, "--size", "16MiB", "--stripe", "512KiB")
+    assert done.returncode == 0, done.stderr
+    assert f"{a}, {b} are an empty store with room for 15 MiB" in done.stdout
+    with dualblade.open([a, b]) as store:
+        store.put("x", np.arange(300_000))
+    info = json.loads(run("info", a, b, "--json").stdout)
+    assert info["device"]["targets"] == [str(a), str(b)]
+    assert info["device"]["stripe_bytes"] == info["store"]["stripe_bytes"] == 512 << 10
+    assert "512 KiB" in run("info", a, b).stdout
+    assert "member 1 of 2 of a dualblade store" in run("info", b).stdout
+    assert json.loads(run("stat", a, b, "--json").stdout)["tensors"] == 1
+    assert "1 tensors read, 0 problems" in run("check", a, b).stdout
+    for command in ("info", "stat", "check"):
+        swapped = run(command, b, a)
+        assert swapped.returncode == 1
+        assert "swapped" in swapped.stderr
+    alone = run("stat", a)
+    assert "member 0 of a store that is striped over 2" in alone.stderr
+    refused = run("format", a, b)
+    assert refused.stdout.count("holds a dualblade store") == 2
+    assert run("format", a, b, "--yes").returncode == 0
+    assert json.loads(run("stat", a, b, "--json").stdout)["tensors"] == 0

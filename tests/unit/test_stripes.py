@@ -292,14 +292,22 @@ def test_no_request_of_a_tensor_is_on_two_members(tmp_path: Path) -> None:
                 assert first_place[0] == last_place[0]
 
 
-def test_a_group_that_changes_path_leaves_no_page_behind(members: list[str]) -> None:
-    with dualblade.open(members) as store:
-        store.put_many({f"n{i}": np.full(300_000, i, np.uint8) for i in range(12)}, group="g")
-        device, info = store._device, store.info("n5")
-        assert device.cached_bytes(info.offset, info.extent_bytes)[0] == info.extent_bytes
-        store.set_path("g", "direct")
-        assert device.cached_bytes(info.offset, info.extent_bytes) == (0, 0)
-        assert (store.get("n5") == 5).all()
+def test_a_group_that_changes_path_leaves_no_page_behind(tmp_path: Path) -> None:
+    """Nor where its pages are parts of large ones, from a tensor that lay there before."""
+    paths = [str(tmp_path / name) for name in ("a", "b", "c")]
+    with dualblade.open(paths, size="48MiB", stripe="256KiB", memory="64MiB") as store:
+        store.put("large", np.zeros(30 * MIB, np.uint8))
+        store.get("large")
+        store.delete("large")
+        store.put_many({f"n{i}": np.full(300_000, i, np.uint8) for i in range(90)})
+        device = store._device
+        for key in ("n5", "n44", "n81"):
+            info = store.info(key)
+            cached_bytes, _ = device.cached_bytes(info.offset, info.extent_bytes)
+            assert cached_bytes == info.extent_bytes
+            store.set_path(key, "direct")
+            assert device.cached_bytes(info.offset, info.extent_bytes) == (0, 0)
+            assert (store.get(key) == int(key[1:])).all()
 
 
 # ---- who is refused, by name ---------------------------------------------------------------------
