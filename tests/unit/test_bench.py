@@ -123,7 +123,22 @@ def test_ops_measures_all_of_it(tmp_path):
             assert_positive(row[name])
 
 
-@pytest.mark.parametrize("name", ["engine.py", "ops.py"])
+@pytest.mark.skipif(os.geteuid() != 0, reason="loop devices need root")
+def test_stripes_compares_one_with_two(tmp_path):
+    table, found = measure(tmp_path, "stripes.py")
+    setups = {row["setup"] for row in found["rows"]}
+    assert len(setups) == 2 - len(found["missing"])
+    assert len(found["rows"]) == 3 * 4 * len(setups)
+    for row in found["rows"]:
+        assert row["label"] in table
+        if row["mb_per_s"] is None:
+            assert row["contender"].startswith("fio")
+        else:
+            assert_positive(row["mb_per_s"])
+            assert (row["ratio_to_one"] is None) == row["contender"].endswith("one")
+
+
+@pytest.mark.parametrize("name", ["engine.py", "ops.py", "stripes.py"])
 def test_help_has_examples(tmp_path, name):
     done = bench(tmp_path, name, "--help")
     assert done.returncode == 0
