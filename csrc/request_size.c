@@ -4,7 +4,7 @@
 #include <assert.h>
 #include <stdlib.h>
 
-/* A rate this close to the best is as good: what differs by less is noise. */
+/* A rate this close to another is as good: what differs by less is noise. */
 static const double AS_GOOD = 0.97;
 
 static void use(struct db_request_size *size, uint32_t now_bytes)
@@ -14,16 +14,27 @@ static void use(struct db_request_size *size, uint32_t now_bytes)
         size->tag = 1;
 }
 
+/* The shorter of the two has the first turn. */
+static void take_turns(struct db_request_size *size, uint32_t shorter)
+{
+    size->shorter = shorter;
+    size->windows = 0;
+    size->is_trusted = false;
+    use(size, size->sizes[shorter]);
+}
+
 void db_request_size_open(struct db_request_size *size, uint32_t fixed_bytes,
                           uint32_t chunk_bytes)
 {
     static const uint32_t wanted[DB_REQUEST_SIZES] = {
-        DB_REQUEST_LEAST_BYTES, DB_REQUEST_DEFAULT_BYTES, DB_REQUEST_MOST_BYTES};
+        DB_REQUEST_MOST_BYTES, DB_REQUEST_DEFAULT_BYTES, DB_REQUEST_LEAST_BYTES};
     *size = (struct db_request_size){.is_fixed = fixed_bytes > 0};
     for (int i = 0; i < DB_REQUEST_SIZES; i++)
         size->sizes[i] = wanted[i] > chunk_bytes ? wanted[i] : chunk_bytes;
-    size->chosen_bytes = size->is_fixed ? fixed_bytes : size->sizes[1];
-    use(size, size->chosen_bytes);
+    if (size->is_fixed)
+        use(size, fixed_bytes);
+    else
+        take_turns(size, 1);
 }
 
 static int ascending(const void *a, const void *b)
@@ -32,35 +43,30 @@ static int ascending(const void *a, const void *b)
     return (left > right) - (left < right);
 }
 
-static void choose(struct db_request_size *size)
+static double median(double *rates)
 {
-    double medians[DB_REQUEST_SIZES], best = 0;
-    for (int i = 0; i < DB_REQUEST_SIZES; i++) {
-        qsort(size->rates[i], DB_REQUEST_TRIALS, sizeof(double), ascending);
-        medians[i] = size->rates[i][DB_REQUEST_TRIALS / 2];
-        best = medians[i] > best ? medians[i] : best;
-    }
-    for (int i = 0; i < DB_REQUEST_SIZES; i++)
-        if (medians[i] >= AS_GOOD * best)
-            size->chosen_bytes = size->sizes[i]; /* the longest of them comes last */
-    size->is_trusted = true;
-    size->moved_bytes = 0;
-    size->windows = 0;
+    qsort(rates, DB_REQUEST_TRIALS, sizeof(*rates), ascending);
+    return rates[DB_REQUEST_TRIALS / 2];
 }
 
-/* Even windows go at the size in use, odd ones to the sizes in turn, so that a drive that changes
- * meanwhile is unfair to none. */
 static void end_window(struct db_request_size *size)
 {
-    uint32_t trial = size->windows / 2;
-    if (size->windows % 2 == 1)
-        size->rates[trial % DB_REQUEST_SIZES][trial / DB_REQUEST_SIZES] =
-            (double)size->window_bytes / (double)(size->window_ns > 0 ? size->window_ns : 1);
+    bool was_shorter = size->windows % 2 == 0;
+    size->rates[was_shorter][size->windows / 2] =
+        (double)size->window_bytes / (double)(size->window_ns > 0 ? size->window_ns : 1);
     size->windows++;
-    if (size->windows == 2 * DB_REQUEST_SIZES * DB_REQUEST_TRIALS)
-        choose(size);
-    use(size, size->windows % 2 == 1 ? size->sizes[trial % DB_REQUEST_SIZES]
-                                     : size->chosen_bytes);
+    if (size->windows < 2 * DB_REQUEST_TRIALS) {
+        use(size, size->sizes[was_shorter ? size->shorter - 1 : size->shorter]);
+        return;
+    }
+    bool is_shorter_better = median(size->rates[0]) < AS_GOOD * median(size->rates[1]);
+    if (is_shorter_better && size->shorter + 1 < DB_REQUEST_SIZES) {
+        take_turns(size, size->shorter + 1);
+        return;
+    }
+    use(size, size->sizes[is_shorter_better ? size->shorter : size->shorter - 1]);
+    size->is_trusted = true;
+    size->moved_bytes = 0;
 }
 
 static void begin_window(struct db_request_size *size, int64_t now_ns, bool is_idle)
@@ -90,7 +96,8 @@ void db_request_size_moved(struct db_request_size *size, uint64_t bytes, int64_t
     assert(size->busy_since_ns > 0);
     if (size->is_trusted) {
         size->moved_bytes += bytes;
-        size->is_trusted = size->moved_bytes < DB_REQUEST_TRUST_BYTES;
+        if (size->moved_bytes >= DB_REQUEST_TRUST_BYTES)
+            take_turns(size, 1);
         begin_window(size, now_ns, is_idle);
         return;
     }

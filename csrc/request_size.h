@@ -2,11 +2,11 @@
  *
  * Long requests cost less per byte; short ones keep more of a drive's channels busy and overlap
  * better with what is done to the bytes. What a device likes is found out while large transfers
- * run. Every second window of bytes goes at the size in use, so that little is lost by trying;
- * those between go to each size in turn, several times over. Of the sizes whose median rate is as
- * good as the best the longest is used then. Only time in which something was in flight counts, and
- * a window begins anew whenever anything but requests of its own moved. After many bytes it is
- * tried again: a drive that fills up, or has a new neighbour, changes. */
+ * run: two lengths take turns, each for a window of bytes, several times over. Where the shorter
+ * one moves more, by the median, it is compared with the next shorter one; else the longer one
+ * stays. Only time in which something was in flight counts, and a window begins anew whenever
+ * anything but requests of its own moved. After many bytes it is tried again: a drive that fills
+ * up, or has a new neighbour, changes. */
 #ifndef DUALBLADE_REQUEST_SIZE_H
 #define DUALBLADE_REQUEST_SIZE_H
 
@@ -15,11 +15,11 @@
 
 enum {
     DB_REQUEST_SIZES = 3,
-    DB_REQUEST_LEAST_BYTES = 256 << 10,
-    DB_REQUEST_DEFAULT_BYTES = 1 << 20,
     DB_REQUEST_MOST_BYTES = 4 << 20, /* a transfer of this much is large */
+    DB_REQUEST_DEFAULT_BYTES = 1 << 20,
+    DB_REQUEST_LEAST_BYTES = 256 << 10,
     DB_REQUEST_WINDOW_BYTES = 32 << 20,
-    DB_REQUEST_TRIALS = 3, /* of each size */
+    DB_REQUEST_TRIALS = 3, /* of each of the two sizes that take turns */
 };
 /* Moved at the size chosen before the sizes are tried again. */
 #define DB_REQUEST_TRUST_BYTES (32ull << 30)
@@ -28,12 +28,12 @@ struct db_request_size {
     uint32_t now_bytes; /* the length of requests from now on */
     uint32_t tag;       /* of these requests: changes with the length, and is never 0 */
     bool is_fixed;
-    uint32_t sizes[DB_REQUEST_SIZES];
-    uint32_t chosen_bytes;
-    uint32_t windows;     /* so many were measured since the last choice */
+    uint32_t sizes[DB_REQUEST_SIZES]; /* the longest first */
+    uint32_t shorter;     /* sizes[shorter] and the one before it take turns */
+    uint32_t windows;     /* so many of theirs were measured */
     uint64_t moved_bytes; /* since the choice; while it is trusted */
     bool is_trusted;
-    double rates[DB_REQUEST_SIZES][DB_REQUEST_TRIALS]; /* bytes per nanosecond */
+    double rates[2][DB_REQUEST_TRIALS]; /* of the longer and the shorter, bytes per nanosecond */
     /* the window */
     uint64_t window_bytes;
     int64_t window_ns;

@@ -6,7 +6,8 @@ enum { CHUNK = 256 << 10, BATCH = 16 << 20 };
 
 static uint64_t seed;
 
-/* Bytes per nanosecond at each of the three sizes, and how much a batch's time varies. */
+/* Bytes per nanosecond at each of the three sizes, the longest first, and how much a batch's time
+ * varies. */
 struct drive {
     double rates[DB_REQUEST_SIZES];
     double noise;
@@ -62,21 +63,22 @@ static void check_choice(struct drive drive, uint32_t expected_bytes)
 static void test_the_fastest_is_chosen_and_the_longest_of_equals(void)
 {
     for (int round = 0; round < 50; round++) {
-        check_choice((struct drive){.rates = {2.0, 1.8, 1.5}, .noise = 0.02}, 256 << 10);
-        check_choice((struct drive){.rates = {1.5, 2.0, 1.8}, .noise = 0.02}, 1 << 20);
-        check_choice((struct drive){.rates = {1.5, 1.8, 2.0}, .noise = 0.02}, 4 << 20);
-        check_choice((struct drive){.rates = {2.0, 2.0, 1.99}, .noise = 0.002}, 4 << 20);
+        check_choice((struct drive){.rates = {1.5, 1.8, 2.0}, .noise = 0.02}, 256 << 10);
+        check_choice((struct drive){.rates = {1.8, 2.0, 1.5}, .noise = 0.02}, 1 << 20);
+        check_choice((struct drive){.rates = {2.0, 1.8, 1.5}, .noise = 0.02}, 4 << 20);
+        check_choice((struct drive){.rates = {1.99, 2.0, 2.0}, .noise = 0.002}, 4 << 20);
     }
 }
 
 static void test_a_drive_that_changes_is_measured_again(void)
 {
     struct db_request_size size;
-    struct drive drive = {.rates = {1.0, 1.5, 2.0}, .now_ns = 1};
+    struct drive drive = {.rates = {2.0, 1.5, 1.0}, .now_ns = 1};
     db_request_size_open(&size, 0, CHUNK);
     move_until_chosen(&drive, &size);
     CHECK_EQUAL(size.now_bytes, 4 << 20);
-    drive.rates[0] = 4.0;
+    drive.rates[1] = 3.0;
+    drive.rates[2] = 4.0;
     uint64_t moved = 0;
     for (; size.is_trusted; moved += BATCH) {
         CHECK_EQUAL(size.now_bytes, 4 << 20);
@@ -91,7 +93,7 @@ static void test_a_drive_that_changes_is_measured_again(void)
 static void test_a_disturbed_window_does_not_count(void)
 {
     struct db_request_size size;
-    struct drive drive = {.rates = {1.0, 1.5, 2.0}, .now_ns = 1};
+    struct drive drive = {.rates = {2.0, 1.5, 1.0}, .now_ns = 1};
     db_request_size_open(&size, 0, CHUNK);
     for (int i = 0; i < 1000; i++) {
         move_batch(&drive, &size);
