@@ -1,9 +1,6 @@
-/* queue.c - batches become requests: splitting, staging, resuming short I/O, completion.
+/* queue.c - requests on their way: a pool of them over one engine, resuming, completion, waiting.
  *
- * A batch lists contiguous runs. Each is carved into pieces of at most request_bytes; a piece takes
- * a request from a fixed pool and, where direct I/O cannot use the caller's memory (its address or
- * its length is not aligned), a slot of staging memory, which is smaller than a large request. A
- * piece holds whole checksum chunks, so that no two requests share one.
+ * A batch lists contiguous runs, which pieces.c carves into requests from a fixed pool.
  *
  * There is no thread here. Whoever waits drives: the first waiter becomes the leader and reaps from
  * the engine for everybody, the others sleep until a batch is done or the leader leaves. So one
@@ -12,300 +9,32 @@
  * Locking: one mutex for the pool, the lists and the counters. It is never held across a wait in
  * the kernel, a copy or a checksum. */
 #define _GNU_SOURCE
-#include "queue.h"
+#include "queue_state.h"
 
 #include "clock.h"
 #include "counters.h"
-#include "request_size.h"
 
 #include <errno.h>
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
 enum {
-    /* Prepared before the kernel is told, so that checksums and copies overlap I/O: pieces, and
-     * bytes, which are that many and one piece at most. */
-    CARVE_MAX = 16,
-    CARVE_BYTES = 4 << 20,
-    READS_IN_ROW_MAX = 16, /* while writes wait */
     /* Waited for at once, and so few of those in flight that the device does not run dry: each wait
      * in the kernel costs as much as several requests. */
     REAP_LEAST_MAX = 16,
     REAP_LEAST_OF = 8,
-    /* Of reads whose bytes are looked at when they arrive, so many are at the device at most: the
-     * next go out before those are looked at. Some drives tell of all they have been given at once,
-     * when they have run out of work, and a queue that gave them everything would be left with all
-     * of the looking at the end. It is more than a fast drive moves in two milliseconds. */
-    UNSEEN_BYTES_MAX = 16 << 20,
     REAP_MAX = 64,
     SLOT_BYTES = 256 << 10, /* of staging, or one chunk where that is more */
-    RETRIES_MAX = 64,    /* of a request that moved nothing: EINTR, EAGAIN, less than a block */
+    RETRIES_MAX = 64,       /* of a request that moved nothing: EINTR, EAGAIN, less than a block */
     /* The longest wait in the kernel. A request that the kernel would not take, when another
      * thread committed it, is the engine's to hand back and wakes nobody who waits there. */
     REAP_SLICE_NS = 100000000,
 };
 
-struct db_queue {
-    struct db_queue_config config;
-    int fds[DB_MEMBERS_MAX];
-    struct db_engine *engine;
-    pthread_mutex_t lock;
-    pthread_cond_t changed; /* a batch is done, or there is no leader */
-    bool has_leader;
-    uint32_t followers; /* threads that wait while another leads */
-    uint32_t in_flight;
+/* ---- feeding the engine (lock held) ---------------------------------------------------------- */
 
-    struct db_request *requests;
-    struct db_request *free_requests;
-    struct db_request *resumes; /* short transfers to be continued */
-    /* Batches with pieces still to be carved. Reads go first, because somebody computes with what
-     * they bring, but not for ever. */
-    struct db_batch *pending[2], **pending_end[2];
-    uint32_t reads_in_row;
-    /* Of reads at the device that finish() has work with. */
-    uint64_t unseen_bytes;
-    uint32_t unseen_count;
-    struct db_request_size sizes[2];
-
-    uint8_t *staging;
-    uint64_t staging_length;
-    uint32_t slot_bytes;
-    uint8_t **free_slots;
-    uint32_t free_slot_count;
-    struct db_regions regions; /* registered memory */
-    uint64_t registered_bytes;
-
-    struct db_path_stats stats;
-};
-
-static uint64_t round_up(uint64_t value, uint64_t unit)
-{
-    return (value + unit - 1) / unit * unit;
-}
-
-/* ---- what is done to the bytes, outside the lock --------------------------------------------- */
-
-static void prepare(struct db_request *request, void *context)
-{
-    struct db_queue *queue = context;
-    if (request->prepared || request->direction == DB_READ)
-        return;
-    if (request->checksums)
-        db_checksum_chunks(request->user, request->user_bytes, queue->config.chunk_bytes,
-                           request->checksums);
-    if (request->staging) {
-        memcpy(request->staging, request->user, request->user_bytes);
-        memset(request->staging + request->user_bytes, 0,
-               request->piece_bytes - request->user_bytes);
-    }
-    request->prepared = true;
-}
-
-/* A chunk at a time, so that the copy and its checksum read the bytes once from memory. */
-static void finish(struct db_request *request, void *context)
-{
-    struct db_queue *queue = context;
-    if (request->direction == DB_WRITE || request->result < 0 ||
-        request->moved_bytes + (uint64_t)request->result < request->piece_bytes)
-        return;
-    uint32_t chunk_bytes = queue->config.chunk_bytes;
-    for (uint32_t at = 0, i = 0; at < request->user_bytes; at += chunk_bytes, i++) {
-        uint32_t left = request->user_bytes - at;
-        uint32_t length = left < chunk_bytes ? left : chunk_bytes;
-        if (request->staging)
-            memcpy(request->user + at, request->staging + at, length);
-        if (request->checksums &&
-            db_checksum(request->user + at, length) != request->checksums[i]) {
-            request->moved_bytes = at; /* where it is wrong, for the message */
-            request->result = -EBADMSG;
-            return;
-        }
-    }
-}
-
-static bool needs_finish(const struct db_request *request)
-{
-    return request->direction == DB_READ && (request->checksums || request->staging);
-}
-
-/* ---- carving (lock held) --------------------------------------------------------------------- */
-
-/* How much of the `left` bytes at `memory` the next piece takes, at most `limit`, and whether
- * through staging. Only what is not aligned goes there: of a run that ends within a block, the
- * last chunk. */
-static uint32_t piece_length(const struct db_queue *queue, const void *memory, uint64_t left,
-                             uint64_t limit, bool *staged)
-{
-    const struct db_queue_config *config = &queue->config;
-    *staged = (uintptr_t)memory % config->memory_align_bytes != 0;
-    if (!*staged && left <= limit && left % config->lba_bytes != 0) {
-        *staged = left <= config->chunk_bytes;
-        if (!*staged)
-            left = (left - 1) / config->chunk_bytes * config->chunk_bytes;
-    }
-    if (*staged && limit > queue->slot_bytes)
-        limit = queue->slot_bytes;
-    return (uint32_t)(left < limit ? left : limit);
-}
-
-/* Moves the batch's cursor to the next byte that needs a request; false when there is none. */
-static bool find_piece(struct db_batch *batch)
-{
-    while (batch->next_io < batch->io_count) {
-        const struct db_io *io = &batch->ios[batch->next_io];
-        if (batch->next_byte < io->length && !io->error)
-            return true;
-        batch->next_io++;
-        batch->next_byte = 0;
-    }
-    return false;
-}
-
-/* At what has not moved yet, as far as it lies side by side on one member. */
-static void point_at_rest(const struct db_queue *queue, struct db_request *request)
-{
-    const struct db_stripes *stripes = &queue->config.stripes;
-    uint8_t *memory = request->staging ? request->staging : request->user;
-    request->buffer = memory + request->moved_bytes;
-    request->offset = request->piece_offset + request->moved_bytes;
-    request->length = request->piece_bytes - request->moved_bytes;
-    if (stripes->member_count > 1) {
-        struct db_place place = db_stripes_find(stripes, request->offset);
-        request->file = place.member;
-        request->offset = place.offset;
-        if (request->length > place.left)
-            request->length = (uint32_t)place.left;
-    }
-    request->fd = queue->fds[request->file];
-}
-
-/* At most so much in one request: what the device likes, and no more than the rest of a stripe
- * unit, so that the members work on a run at the same time. Where a unit ends within a chunk that
- * has a checksum, the chunk is not broken. */
-static uint64_t piece_limit(const struct db_queue *queue, const struct db_io *io, uint64_t at,
-                            uint64_t limit)
-{
-    const struct db_stripes *stripes = &queue->config.stripes;
-    if (stripes->member_count == 1)
-        return limit;
-    uint64_t left = db_stripes_find(stripes, io->offset + at).left;
-    if (io->checksums)
-        left = round_up(left, queue->config.chunk_bytes);
-    return left < limit ? left : limit;
-}
-
-/* The next piece of the batch as a request; NULL when a request or a staging slot is lacking. */
-static struct db_request *carve(struct db_queue *queue, struct db_batch *batch)
-{
-    struct db_io *io = &batch->ios[batch->next_io];
-    uint8_t *user = (uint8_t *)io->buffer + batch->next_byte;
-    struct db_request_size *size = &queue->sizes[batch->direction];
-    uint64_t limit = piece_limit(queue, io, batch->next_byte, size->now_bytes);
-    bool staged;
-    uint32_t length = piece_length(queue, user, io->length - batch->next_byte, limit, &staged);
-    if (!queue->free_requests || (staged && queue->free_slot_count == 0))
-        return NULL;
-
-    struct db_request *request = queue->free_requests;
-    queue->free_requests = request->next;
-    assert(!request->busy);
-    uint64_t chunk = batch->next_byte / queue->config.chunk_bytes;
-    *request = (struct db_request){
-        .direction = batch->direction,
-        .batch = batch,
-        .io = io,
-        .user = user,
-        .user_bytes = length,
-        .piece_offset = io->offset + batch->next_byte,
-        .piece_bytes = (uint32_t)round_up(length, queue->config.lba_bytes),
-        .staging = staged ? queue->free_slots[--queue->free_slot_count] : NULL,
-        .checksums = io->checksums ? io->checksums + chunk : NULL,
-        .size_tag = io->length >= DB_REQUEST_MOST_BYTES ? size->tag : 0,
-        .busy = true,
-    };
-    if (request->size_tag && db_request_size_is_waiting(size))
-        db_request_size_started(size, db_now_ns());
-    point_at_rest(queue, request);
-    request->slot = db_regions_find(&queue->regions, request->buffer, request->piece_bytes);
-    assert(request->offset % queue->config.lba_bytes == 0);
-    assert(request->length % queue->config.lba_bytes == 0);
-    batch->next_byte += length;
-    batch->in_flight++;
-    queue->in_flight++;
-    atomic_fetch_add_explicit(&db_live_requests, 1, memory_order_relaxed);
-    return request;
-}
-
-static void batch_finished(struct db_queue *queue)
-{
-    atomic_fetch_sub_explicit(&db_live_batches, 1, memory_order_relaxed);
-    pthread_cond_broadcast(&queue->changed);
-}
-
-/* The next piece of the batches of one direction; NULL if there is none, or no room for it. */
-static struct db_request *carve_from(struct db_queue *queue, enum db_direction direction)
-{
-    struct db_batch *batch;
-    while ((batch = queue->pending[direction])) {
-        if (find_piece(batch))
-            return carve(queue, batch);
-        queue->pending[direction] = batch->next;
-        if (!batch->next)
-            queue->pending_end[direction] = &queue->pending[direction];
-        batch->issued = true;
-        if (batch->in_flight == 0)
-            batch_finished(queue);
-    }
-    return NULL;
-}
-
-static bool has_enough_unseen(const struct db_queue *queue)
-{
-    return queue->unseen_bytes >= UNSEEN_BYTES_MAX ||
-           (queue->unseen_count > 0 && queue->unseen_count >= queue->config.depth / 2);
-}
-
-static struct db_request *carve_next(struct db_queue *queue)
-{
-    enum db_direction first = queue->reads_in_row < READS_IN_ROW_MAX ? DB_READ : DB_WRITE;
-    struct db_request *request = NULL;
-    for (int i = 0; i < 2 && !request; i++) {
-        enum db_direction direction = i == 0 ? first : !first;
-        if (direction == DB_WRITE || !has_enough_unseen(queue))
-            request = carve_from(queue, direction);
-    }
-    if (!request)
-        return NULL;
-    bool passed_writes = request->direction == DB_READ && queue->pending[DB_WRITE];
-    queue->reads_in_row = passed_writes ? queue->reads_in_row + 1 : 0;
-    return request;
-}
-
-static uint32_t carve_some(struct db_queue *queue, struct db_request **out)
-{
-    uint32_t count = 0;
-    uint64_t bytes = 0;
-    while (count < CARVE_MAX && bytes < CARVE_BYTES) {
-        struct db_request *request = queue->resumes;
-        if (request)
-            queue->resumes = request->next;
-        else
-            request = carve_next(queue);
-        if (!request)
-            break;
-        bytes += request->length;
-        if (needs_finish(request)) {
-            queue->unseen_bytes += request->length;
-            queue->unseen_count++;
-        }
-        out[count++] = request;
-    }
-    return count;
-}
-
-/* Whether prepare() would do something: it is worth letting the lock go for that alone. */
+/* Whether db_piece_prepare() would do something: it is worth letting the lock go for that alone. */
 static bool have_work(struct db_request *const *requests, uint32_t count)
 {
     for (uint32_t i = 0; i < count; i++)
@@ -317,14 +46,14 @@ static bool have_work(struct db_request *const *requests, uint32_t count)
 /* Feeds the engine until the pool or the work runs out. Called and returns with the lock held. */
 static void pump(struct db_queue *queue)
 {
-    struct db_request *some[CARVE_MAX];
+    struct db_request *some[DB_CARVE_MAX];
     uint32_t count;
     do {
-        count = carve_some(queue, some);
+        count = db_pieces_carve(queue, some);
         if (!queue->config.engine->has_threads && have_work(some, count)) {
             pthread_mutex_unlock(&queue->lock);
             for (uint32_t i = 0; i < count; i++)
-                prepare(some[i], queue);
+                db_piece_prepare(some[i], queue);
             pthread_mutex_lock(&queue->lock);
         }
         for (uint32_t i = 0; i < count; i++)
@@ -335,6 +64,12 @@ static void pump(struct db_queue *queue)
 }
 
 /* ---- completion ------------------------------------------------------------------------------ */
+
+void db_queue_batch_finished(struct db_queue *queue)
+{
+    atomic_fetch_sub_explicit(&db_live_batches, 1, memory_order_relaxed);
+    pthread_cond_broadcast(&queue->changed);
+}
 
 static void release(struct db_queue *queue, struct db_request *request)
 {
@@ -349,7 +84,7 @@ static void release(struct db_queue *queue, struct db_request *request)
     queue->in_flight--;
     atomic_fetch_sub_explicit(&db_live_requests, 1, memory_order_relaxed);
     if (--batch->in_flight == 0 && batch->issued)
-        batch_finished(queue);
+        db_queue_batch_finished(queue);
 }
 
 static void fail(struct db_queue *queue, struct db_request *request, int error)
@@ -369,7 +104,7 @@ static void fail(struct db_queue *queue, struct db_request *request, int error)
 
 static void resume(struct db_queue *queue, struct db_request *request)
 {
-    point_at_rest(queue, request);
+    db_piece_point_at_rest(queue, request);
     request->next = queue->resumes;
     queue->resumes = request;
 }
@@ -466,12 +201,12 @@ static void measure(struct db_queue *queue, const struct moved *moved)
 }
 
 /* What the engine has given back is no longer at the device, so more can be sent there. Whether
- * finish() has work with any of it. */
+ * db_piece_finish() has work with any of it. */
 static bool count_seen(struct db_queue *queue, struct db_request *const *done, int count)
 {
     bool has_work = false;
     for (int i = 0; i < count; i++) {
-        if (!needs_finish(done[i]))
+        if (!db_piece_needs_finish(done[i]))
             continue;
         assert(queue->unseen_count > 0 && queue->unseen_bytes >= done[i]->length);
         queue->unseen_bytes -= done[i]->length;
@@ -507,7 +242,7 @@ static int lead(struct db_queue *queue, const struct db_batch *batch, int64_t ti
         pump(queue);
         pthread_mutex_unlock(&queue->lock);
         for (int i = 0; i < count; i++)
-            finish(done[i], queue);
+            db_piece_finish(done[i], queue);
         pthread_mutex_lock(&queue->lock);
     }
     queue->has_leader = false;
@@ -720,8 +455,8 @@ int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
             .threads = config->threads,
             .sqpoll = config->sqpoll,
             .iopoll = config->iopoll,
-            .before = prepare,
-            .after = finish,
+            .before = db_piece_prepare,
+            .after = db_piece_finish,
             .context = queue,
         };
         rc = config->engine->open(&engine, &queue->engine);
