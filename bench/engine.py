@@ -162,26 +162,25 @@ class Store(StoreAccess, rivals.Timed):
 
 
 class StoreTickets(StoreAccess, rivals.Pipelined[Any]):
-    """The same tensors by put_async and read_many_async, which do not wait."""
+    """The same tensors by put_many_async and get_many_async, which do not wait."""
 
     name = "tickets"
-    label = "dualblade put_async, read_many_async"
-    note = "checksums; put_async takes one tensor at a time"
+    label = "dualblade put_many_async, get_many_async"
+    note = "checksums; several batches under way, as with Device"
 
     def prepare(self, batch: list[tuple[int, Any]]) -> Any:
         """See Pipelined."""
-        return [(f"block/{offset}", slot) for offset, slot in batch]
+        return {f"block/{offset}": slot for offset, slot in batch}
 
     def start(self, direction: str, batch: Any) -> Any:
         """See Pipelined."""
         if direction == "write":
-            return [self.store.put_async(key, slot) for key, slot in batch]
-        return [self.store.read_many_async((key, 0, len(slot), slot) for key, slot in batch)]
+            return self.store.put_many_async(batch)
+        return self.store.get_many_async(list(batch), out=batch)
 
     def finish(self, handle: Any) -> None:
         """See Pipelined."""
-        for ticket in handle:
-            ticket.result()
+        handle.result()
 
 
 # ---- measuring -----------------------------------------------------------------------------------
