@@ -222,6 +222,24 @@ static void refuse_staged(struct db_engine *engine, int error)
     engine->staged_count = 0;
 }
 
+/* How many of the staged requests the kernel has now, or -errno. */
+static int submit(struct db_engine *engine)
+{
+    if (!engine->has_kernel_thread)
+        return io_uring_submit(&engine->ring);
+    /* Entries that the kernel's thread could not be woken for it would still find, whenever
+     * something else wakes it, and move bytes for a request that has failed. So it is woken before
+     * they are shown to it, and then takes them all, when it gets there. */
+    bool sleeps = IO_URING_READ_ONCE(*engine->ring.sq.kflags) & IORING_SQ_NEED_WAKEUP;
+    int rc = !sleeps ? 0
+                     : io_uring_enter((unsigned)engine->ring.ring_fd, 0, 0,
+                                      IORING_ENTER_SQ_WAKEUP, NULL);
+    if (rc < 0)
+        return rc;
+    (void)io_uring_submit(&engine->ring);
+    return (int)engine->staged_count;
+}
+
 static uint32_t uring_commit(struct db_engine *engine)
 {
     uint32_t crossings = 0;
@@ -230,11 +248,8 @@ static uint32_t uring_commit(struct db_engine *engine)
     while (engine->staged_count > 0) {
         /* Counted before, so that whoever reaps sees what was written to the requests. */
         atomic_fetch_add(&engine->in_kernel, engine->staged_count);
-        int rc = io_uring_submit(&engine->ring);
+        int rc = submit(engine);
         crossings++;
-        /* The kernel's thread takes them all, when it gets there. */
-        if (engine->has_kernel_thread && rc >= 0)
-            rc = (int)engine->staged_count;
         assert(rc <= (int)engine->staged_count);
         atomic_fetch_sub(&engine->in_kernel, engine->staged_count - (rc > 0 ? rc : 0));
         if (rc > 0) {

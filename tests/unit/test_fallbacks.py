@@ -211,6 +211,51 @@ with _core.Device.open(path, engine="uring") as device:
     assert output in ("read\n", "refused 1\n")
 
 
+def test_what_io_uring_has_refused_is_not_done_later(folder: Path):
+    """Memory of a failed read is its owner's again, whatever wakes the kernel's thread then."""
+    output = run(
+        """
+import subprocess, time
+from pathlib import Path
+
+def kernel_thread():
+    [thread] = [task for task in Path("/proc/self/task").iterdir()
+                if (task / "comm").read_text().startswith("iou-sqp")]
+    fields = dict(line.split(":\\t") for line in (thread / "status").read_text().splitlines())
+    return fields["State"][0], int(fields["voluntary_ctxt_switches"])
+
+def sleeps_since(before, act=lambda: None):
+    deadline = time.monotonic() + 30
+    while True:
+        act()
+        state, slept = kernel_thread()
+        if state == "S" and slept > before:
+            return slept
+        assert time.monotonic() < deadline, (state, slept, before)
+
+def interrupt():
+    command = f"kill -STOP {os.getpid()}; kill -CONT {os.getpid()}"
+    subprocess.run(["sh", "-c", command], check=True)
+
+with open(path, "wb") as file:
+    file.write(bytes([7]) * 65536)
+out = _core.aligned_empty(4096, np.uint8)
+out[:] = 1
+with _core.Device.open(path, engine="uring", sqpoll=True) as device:
+    slept = sleeps_since(0)
+    forbid(["io_uring_enter"])
+    try:
+        device.read([(0, out)]).wait()
+    except DeviceError as error:
+        print("refused", error.errno)
+    sleeps_since(slept, interrupt)  # not each of them gets as far as the thread
+    print(set(out.tolist()), device.stats()["direct"]["in_flight"])
+""",
+        folder,
+    )
+    assert output == "refused 1\n{1} 0\n"
+
+
 def test_what_aio_has_taken_is_not_waited_for_without_end(folder: Path):
     """Nobody can ask for it any more. Every wait says so, and the process comes to its end."""
     output = run(
