@@ -30,6 +30,7 @@ enum {
     /* The longest wait in the kernel. A request that the kernel would not take, when another
      * thread committed it, is the engine's to hand back and wakes nobody who waits there. */
     REAP_SLICE_NS = 100000000,
+    REAP_MANY_NS = 2000000, /* and for several, of which others may want but the first */
 };
 
 /* ---- feeding the engine (lock held) ---------------------------------------------------------- */
@@ -233,8 +234,9 @@ static int lead(struct db_queue *queue, const struct db_batch *batch, int64_t ti
     uint32_t least = least_to_reap(queue, batch);
     assert(!queue->has_leader);
     queue->has_leader = true;
-    if (timeout_ns < 0 || timeout_ns > REAP_SLICE_NS)
-        timeout_ns = REAP_SLICE_NS;
+    int64_t most_ns = least > 1 ? REAP_MANY_NS : REAP_SLICE_NS;
+    if (timeout_ns < 0 || timeout_ns > most_ns)
+        timeout_ns = most_ns;
     pthread_mutex_unlock(&queue->lock);
     int count = queue->config.engine->reap(queue->engine, done, least, REAP_MAX, timeout_ns);
     pthread_mutex_lock(&queue->lock);
@@ -254,9 +256,7 @@ static int lead(struct db_queue *queue, const struct db_batch *batch, int64_t ti
     if (count > 0)
         measure(queue, &moved);
     pump(queue);
-    if (count < 0 && count != -EINTR)
-        return count;
-    return 0;
+    return count < 0 && count != -EINTR ? count : 0;
 }
 
 static bool is_done(const struct db_batch *batch)

@@ -186,6 +186,37 @@ def test_a_slow_request_holds_up_no_other(device: _core.Device, faulty: FaultDev
     assert late == noise(2 * MIB, 1)[:CHUNK].tobytes()
 
 
+def test_a_slow_batch_holds_up_no_other(faulty: FaultDevice, engine: str, tmp_path: Path):
+    """Who waits for many requests wakes up for several at once, but not at the cost of others."""
+    if engine == "threads":
+        pytest.skip("its workers are all in the slow reads")
+    other = tmp_path / "other.img"
+    other.write_bytes(bytes(faulty.size_bytes))
+    with _core.Device.open(
+        [faulty.path, other],
+        engine=engine,
+        chunk_bytes=CHUNK,
+        request_bytes=CHUNK,
+        stripe_bytes=CHUNK,
+    ) as device:
+        faulty.add_rule("read", "hold")
+        late = device.read([(2 * i * CHUNK, bytearray(CHUNK)) for i in range(64)])
+        waiting = threading.Thread(target=late.wait)
+        waiting.start()
+        out = _core.aligned_empty(BLOCK, np.uint8)
+        took = 0.0
+        try:
+            for _ in range(50):
+                start = time.monotonic()
+                device.read([(CHUNK, out)]).wait()
+                took += time.monotonic() - start
+                time.sleep(0.01)  # the other thread leads meanwhile
+        finally:
+            faulty.release()
+            waiting.join()
+    assert took < 0.15
+
+
 def test_delayed_requests_arrive(device: _core.Device, faulty: FaultDevice):
     data = noise(10 * CHUNK, 1)
     faulty.add_rule("write", {"delay": 0.05}, nth=3, times=2)
