@@ -62,11 +62,8 @@ DIRECTIONS = ("write", "read")
 # ---- dualblade -----------------------------------------------------------------------------------
 
 
-class Device(rivals.Pipelined[Any]):
+class DeviceAccess(Contender):
     """dualblade.Device with registered buffers."""
-
-    name = "device"
-    label = "dualblade Device"
 
     def __init__(self, engine: str) -> None:
         self.engine = engine
@@ -84,6 +81,13 @@ class Device(rivals.Pipelined[Any]):
         if device := self.__dict__.pop("device", None):
             device.close()
 
+
+class Device(DeviceAccess, rivals.Pipelined[Any]):
+    """Several batches under way."""
+
+    name = "device"
+    label = "dualblade Device"
+
     def prepare(self, batch: list[tuple[int, Any]]) -> Any:
         """See Pipelined."""
         return batch
@@ -95,6 +99,30 @@ class Device(rivals.Pipelined[Any]):
     def finish(self, handle: Any) -> None:
         """See Pipelined."""
         handle.wait()
+
+
+class DeviceCalls(DeviceAccess, rivals.Timed):
+    """Calls that wait, as get_many's do."""
+
+    name = "calls"
+    label = "dualblade Device, one call at a time"
+
+    def write(self, offsets: Sequence[int]) -> Callable[[], None]:
+        """See Timed."""
+        return self._calls(self.device.write, offsets)
+
+    def read(self, offsets: Sequence[int]) -> Callable[[], None]:
+        """See Timed."""
+        return self._calls(self.device.read, offsets)
+
+    def _calls(self, start: Callable[[Any], Any], offsets: Sequence[int]) -> Callable[[], None]:
+        batches = self.job.batches(offsets, self.job.depth)
+
+        def transfer() -> None:
+            for batch in batches:
+                start(batch).wait()
+
+        return transfer
 
 
 class StoreAccess(Contender):
@@ -383,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     contenders: list[Contender] = [
         NAMES[name]() for name in options.rivals if name.startswith("fio")
     ]
-    contenders += [kind(options.engine) for kind in (Device, Store, StoreTickets)]
+    contenders += [kind(options.engine) for kind in (Device, DeviceCalls, Store, StoreTickets)]
     contenders += [NAMES[name]() for name in options.rivals if not name.startswith("fio")]
     with target(options) as path, tempfile.TemporaryDirectory() as state:
         os.environ["DUALBLADE_STATE_DIR"] = state  # where a store on a device keeps its index

@@ -150,6 +150,7 @@ struct db_batch {
     enum db_direction direction;
     struct db_io *ios;
     uint32_t io_count;
+    bool is_ahead; /* a read that nobody waits for yet: all of it goes to the device at once */
     /* private to queue.c */
     uint32_t next_io;
     uint64_t next_byte;

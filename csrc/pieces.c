@@ -18,10 +18,11 @@ enum {
      * are that many and one piece at most. */
     CARVE_BYTES = 4 << 20,
     READS_IN_ROW_MAX = 16, /* while writes wait */
-    /* Of reads whose bytes are looked at when they arrive, so many are at the device at most: the
-     * next go out before those are looked at. Some drives tell of all they have been given at once,
-     * when they have run out of work, and a queue that gave them everything would be left with all
-     * of the looking at the end. It is more than a fast drive moves in two milliseconds. */
+    /* Of reads that somebody waits for and whose bytes are looked at when they arrive, so many are
+     * at the device at most: the next go out before those are looked at. Some drives tell of all
+     * they have been given at once, when they have run out of work, and a queue that gave them
+     * everything would be left with all of the looking at the end. It is more than a fast drive
+     * moves in two milliseconds. */
     UNSEEN_BYTES_MAX = 16 << 20,
 };
 
@@ -183,13 +184,27 @@ static struct db_request *carve(struct db_queue *queue, struct db_batch *batch)
     return request;
 }
 
+bool db_piece_is_unseen(const struct db_queue *queue, const struct db_request *request)
+{
+    return db_piece_needs_finish(request) && !request->batch->is_ahead &&
+           !queue->config.engine->has_threads;
+}
+
+static bool has_enough_unseen(const struct db_queue *queue)
+{
+    return queue->unseen_bytes >= UNSEEN_BYTES_MAX ||
+           (queue->unseen_count > 0 && queue->unseen_count >= queue->config.depth / 2);
+}
+
 /* The next piece of the batches of one direction; NULL if there is none, or no room for it. */
 static struct db_request *carve_from(struct db_queue *queue, enum db_direction direction)
 {
     struct db_batch *batch;
     while ((batch = queue->pending[direction])) {
-        if (find_piece(batch))
-            return carve(queue, batch);
+        if (find_piece(batch)) {
+            bool waits = direction == DB_READ && !batch->is_ahead && has_enough_unseen(queue);
+            return waits ? NULL : carve(queue, batch);
+        }
         queue->pending[direction] = batch->next;
         if (!batch->next)
             queue->pending_end[direction] = &queue->pending[direction];
@@ -200,21 +215,12 @@ static struct db_request *carve_from(struct db_queue *queue, enum db_direction d
     return NULL;
 }
 
-static bool has_enough_unseen(const struct db_queue *queue)
-{
-    return queue->unseen_bytes >= UNSEEN_BYTES_MAX ||
-           (queue->unseen_count > 0 && queue->unseen_count >= queue->config.depth / 2);
-}
-
 static struct db_request *carve_next(struct db_queue *queue)
 {
     enum db_direction first = queue->reads_in_row < READS_IN_ROW_MAX ? DB_READ : DB_WRITE;
-    struct db_request *request = NULL;
-    for (int i = 0; i < 2 && !request; i++) {
-        enum db_direction direction = i == 0 ? first : !first;
-        if (direction == DB_WRITE || !has_enough_unseen(queue))
-            request = carve_from(queue, direction);
-    }
+    struct db_request *request = carve_from(queue, first);
+    if (!request)
+        request = carve_from(queue, !first);
     if (!request)
         return NULL;
     bool passed_writes = request->direction == DB_READ && queue->pending[DB_WRITE];
@@ -235,7 +241,7 @@ uint32_t db_pieces_carve(struct db_queue *queue, struct db_request **out)
         if (!request)
             break;
         bytes += request->length;
-        if (db_piece_needs_finish(request)) {
+        if (db_piece_is_unseen(queue, request)) {
             queue->unseen_bytes += request->length;
             queue->unseen_count++;
         }

@@ -202,19 +202,19 @@ static void measure(struct db_queue *queue, const struct moved *moved)
 }
 
 /* What the engine has given back is no longer at the device, so more can be sent there. Whether
- * db_piece_finish() has work with any of it. */
+ * there is work left with any of it. */
 static bool count_seen(struct db_queue *queue, struct db_request *const *done, int count)
 {
     bool has_work = false;
     for (int i = 0; i < count; i++) {
-        if (!db_piece_needs_finish(done[i]))
+        has_work = has_work || db_piece_needs_finish(done[i]);
+        if (!db_piece_is_unseen(queue, done[i]))
             continue;
         assert(queue->unseen_count > 0 && queue->unseen_bytes >= done[i]->length);
         queue->unseen_bytes -= done[i]->length;
         queue->unseen_count--;
-        has_work = true;
     }
-    return has_work;
+    return has_work && !queue->config.engine->has_threads;
 }
 
 /* How many completions are worth waiting for, to a thread that waits for this batch alone. */
@@ -240,7 +240,7 @@ static int lead(struct db_queue *queue, const struct db_batch *batch, int64_t ti
     pthread_mutex_unlock(&queue->lock);
     int count = queue->config.engine->reap(queue->engine, done, least, REAP_MAX, timeout_ns);
     pthread_mutex_lock(&queue->lock);
-    if (count_seen(queue, done, count) && !queue->config.engine->has_threads) {
+    if (count_seen(queue, done, count)) {
         pump(queue);
         pthread_mutex_unlock(&queue->lock);
         for (int i = 0; i < count; i++)

@@ -26,7 +26,7 @@ struct db_queue {
      * they bring, but not for ever. */
     struct db_batch *pending[2], **pending_end[2];
     uint32_t reads_in_row;
-    /* Of reads at the device that finish() has work with. */
+    /* Of reads at the device that db_piece_finish() has work with, and somebody waits for. */
     uint64_t unseen_bytes;
     uint32_t unseen_count;
     struct db_request_size sizes[2];
@@ -61,5 +61,7 @@ void db_piece_prepare(struct db_request *request, void *queue);
 void db_piece_finish(struct db_request *request, void *queue);
 /* Whether db_piece_finish() has anything to do for this request when it comes. */
 bool db_piece_needs_finish(const struct db_request *request);
+/* Whether it counts as unseen while it is at the device. */
+bool db_piece_is_unseen(const struct db_queue *queue, const struct db_request *request);
 
 #endif

@@ -66,6 +66,7 @@ class Device:
         *,
         path: Path = "direct",
         checksums: Sequence[np.ndarray | None] | BufferProtocol | None = None,
+        ahead: bool = False,
     ) -> Completion: ...
     def write(
         self,

@@ -341,7 +341,7 @@ cdef class Device:
         """True once close() was called, and in the child after a fork."""
         return self.ptr == NULL or self.closing or self._forked()
 
-    def read(self, requests, *, path="direct", checksums=None):
+    def read(self, requests, *, path="direct", checksums=None, ahead=False):
         """Starts reading; requests are pairs (offset, writable memory).
 
         path "direct" needs offsets that are multiples of 4096; memory may lie anywhere and have
@@ -349,27 +349,30 @@ cdef class Device:
 
         checksums are compared as the bytes arrive, one uint64 for each chunk_bytes of a request:
         a list with an array or None for each request, or one array, or bytes, with those of all
-        requests one after another.
+        requests one after another. Of a read with checksums the device gets a part at a time, so
+        that it reads on while they are compared; ahead=True, for what nobody waits for yet, gives
+        it all at once.
 
         Raises before anything is started: ValueError for ranges outside the device and memory
         that can't be used, AlignmentError, ClosedError. Completion.wait() raises the rest."""
-        return self._start(DB_READ, requests, path, checksums)
+        return self._start(DB_READ, requests, path, checksums, ahead)
 
     def write(self, requests, *, path="direct", checksums=None):
         """Starts writing; requests are pairs (offset, memory).
 
         As read(), but: checksums are filled in by the time wait() returns, and on the direct path
         the last block of a request is padded with zeros."""
-        return self._start(DB_WRITE, requests, path, checksums)
+        return self._start(DB_WRITE, requests, path, checksums, False)
 
     cdef Completion _start(self, db_direction direction, object requests, object path,
-                           object checksums):
+                           object checksums, bint ahead):
         cdef Completion done = Completion.__new__(Completion)
         cdef int rc
         self._check_open()
         done.device = self
         done.batch.path = _path(path)
         done.batch.direction = direction
+        done.batch.is_ahead = ahead
         done._prepare(list(requests), checksums)
         if done.batch.io_count == 0:
             done.state = FINISHED

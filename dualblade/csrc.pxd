@@ -120,6 +120,7 @@ cdef extern from "dualblade.h" nogil:
         db_direction direction
         db_io *ios
         uint32_t io_count
+        bint is_ahead
 
     int db_batch_submit(db_batch *batch) noexcept
     int db_batch_wait(db_batch *batch, int64_t timeout_ns) noexcept

@@ -28,9 +28,12 @@ class DirectPath:
     def __init__(self, device: Device) -> None:
         self._device = device
 
-    def read(self, requests: Sequence[Request], checksums: Sequence[Any] | None) -> Completion:
-        """Starts reading into the requests' buffers; the completion compares the checksums."""
-        return self._device.read(requests, path=self.name, checksums=checksums)
+    def read(
+        self, requests: Sequence[Request], checksums: Sequence[Any] | None, *, ahead: bool = False
+    ) -> Completion:
+        """Starts reading into the requests' buffers; the completion compares the checksums.
+        `ahead`: nobody waits for it yet."""
+        return self._device.read(requests, path=self.name, checksums=checksums, ahead=ahead)
 
     def write(self, requests: Sequence[Request], checksums: Sequence[Any] | None) -> Completion:
         """Starts writing the requests' buffers; fills the checksum arrays in before it returns

@@ -84,14 +84,17 @@ class TensorStore(EntryTransfer):
 
         Nothing is read if a key is unknown. After any other error `out` may hold anything.
         """
-        return self.get_many_async(keys, out).result()
+        return self._start_get_many(keys, out).result()
 
     def get_async(self, key: str, out: Any = None) -> Ticket:
         """Starts a get; the ticket's result is the array."""
-        return self._start_get([(key, None, None, out)], lambda arrays: arrays[0])
+        return self._start_get([(key, None, None, out)], lambda arrays: arrays[0], ahead=True)
 
     def get_many_async(self, keys: Iterable[str], out: Any = None) -> Ticket:
         """Starts a get_many; the ticket's result is the dict."""
+        return self._start_get_many(keys, out, ahead=True)
+
+    def _start_get_many(self, keys: Iterable[str], out: Any, *, ahead: bool = False) -> Ticket:
         keys = list(keys)
         if out is None:
             outs = [None] * len(keys)
@@ -102,7 +105,9 @@ class TensorStore(EntryTransfer):
             if len(outs) != len(keys):
                 raise ValueError(f"out has {len(outs)} arrays for {len(keys)} keys")
         wanted = [(key, None, None, array) for key, array in zip(keys, outs, strict=True)]
-        return self._start_get(wanted, lambda arrays: dict(zip(keys, arrays, strict=True)))
+        return self._start_get(
+            wanted, lambda arrays: dict(zip(keys, arrays, strict=True)), ahead=ahead
+        )
 
     def reserve(
         self, key: str, shape: Sequence[int], dtype: Any, *, group: str | None = None
@@ -146,11 +151,11 @@ class TensorStore(EntryTransfer):
 
     def read_async(self, key: str, start: int, stop: int, out: Any = None) -> Ticket:
         """Starts a read; the ticket's result is the array."""
-        return self._start_get([(key, start, stop, out)], lambda arrays: arrays[0])
+        return self._start_get([(key, start, stop, out)], lambda arrays: arrays[0], ahead=True)
 
     def read_many_async(self, reads: Iterable[tuple[str, int, int, Any]]) -> Ticket:
         """Starts several reads, `(key, start, stop, out)`; the result is the list of arrays."""
-        return self._start_get(list(reads))
+        return self._start_get(list(reads), ahead=True)
 
     def truncate(self, key: str, rows: int) -> None:
         """Keeps the first `rows` rows; the room stays reserved."""
@@ -500,6 +505,8 @@ class TensorStore(EntryTransfer):
         self,
         wanted: Sequence[tuple[str, int | None, int | None, Any]],
         shape_result: Callable[[list[Any]], Any] = lambda arrays: arrays,
+        *,
+        ahead: bool = False,
     ) -> Ticket:
         keys = [key for key, *_ in wanted]
         with self._starting(keys):
@@ -530,7 +537,7 @@ class TensorStore(EntryTransfer):
             for first in range(0, len(entries), part):
                 some = slice(first, first + part)
                 plans = self._plan_reads(entries[some], wanted[some], arrays)
-                self._start_reads(plans, completions)
+                self._start_reads(plans, completions, ahead=ahead)
                 for plan in plans.values():
                     copies += plan.finish
             self._register(ticket)

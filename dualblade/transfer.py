@@ -47,14 +47,19 @@ class EntryTransfer(EntryAccess):
     # ---- transfers --------------------------------------------------------------------------
 
     def _start_reads(
-        self, plans: Mapping[PathName, ReadPlan], completions: list[_core.Completion]
+        self,
+        plans: Mapping[PathName, ReadPlan],
+        completions: list[_core.Completion],
+        *,
+        ahead: bool = False,
     ) -> None:
         """Starts what was planned for each path; adds to `completions` as it is started."""
         for name, plan in plans.items():
             for first in range(0, len(plan.requests), SUBMIT_REQUESTS):
                 part = slice(first, first + SUBMIT_REQUESTS)
                 checksums = b"".join(plan.checksums[part]) if plan.verify else None
-                completions.append(self._paths[name].read(plan.requests[part], checksums))
+                requests = plan.requests[part]
+                completions.append(self._paths[name].read(requests, checksums, ahead=ahead))
 
     def _start_writes(
         self, writes: Iterable[tuple[Entry, Any]], completions: list[_core.Completion]

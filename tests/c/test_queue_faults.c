@@ -288,6 +288,38 @@ static void test_a_follower_of_a_submitter_wakes(void)
     db_queue_close(queue);
 }
 
+/* Reads with checksums leave a part of the queue for the next, which go out when the first are back
+ * and before they are looked at; what is read ahead goes out whole. */
+static void test_reads_that_are_looked_at_go_out_in_parts(void)
+{
+    enum { DEPTH = 8, COUNT = 8 };
+    static uint8_t memory[COUNT * CHUNK] __attribute__((aligned(BLOCK)));
+    uint64_t checksums[COUNT];
+    struct db_queue *queue = open_queue(DEPTH, 1);
+    struct db_io ios[COUNT];
+    memset(medium, 5, sizeof(memory));
+    for (uint32_t i = 0; i < COUNT; i++) {
+        checksums[i] = db_checksum(medium, CHUNK);
+        ios[i] = (struct db_io){.offset = i * CHUNK,
+                                .buffer = memory + i * CHUNK,
+                                .length = CHUNK,
+                                .checksums = &checksums[i]};
+    }
+    for (int is_ahead = 0; is_ahead <= 1; is_ahead++) {
+        struct db_batch batch = {.ios = ios, .io_count = COUNT, .is_ahead = is_ahead};
+        db_queue_submit(queue, &batch);
+        CHECK_EQUAL(engine->taken_count, is_ahead ? COUNT : DEPTH / 2);
+        for (int i = 0; i < COUNT; i++) {
+            complete_whole(0);
+            (void)db_queue_wait(queue, &batch, 0);
+        }
+        CHECK_EQUAL(db_queue_wait(queue, &batch, 0), 0);
+        for (int i = 0; i < COUNT; i++)
+            CHECK_EQUAL(ios[i].error, 0);
+    }
+    db_queue_close(queue);
+}
+
 static enum db_direction direction_in_kernel(void)
 {
     pthread_mutex_lock(&engine->lock);
@@ -592,6 +624,7 @@ int main(void)
     for (size_t i = 0; i < sizeof(medium); i++)
         medium[i] = (uint8_t)check_random(&seed);
     test_a_follower_of_a_submitter_wakes();
+    test_reads_that_are_looked_at_go_out_in_parts();
     test_reads_go_before_writes_but_not_for_ever();
     test_a_completion_without_a_wake_up_is_found();
     test_a_leader_that_times_out_is_succeeded();

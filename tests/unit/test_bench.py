@@ -18,7 +18,7 @@ WORKLOADS = [
     for blocks in ("4 MiB sequential", "256 KiB random", "64 KiB random")
     for direction in ("write", "read")
 ]
-OURS = ["device", "store", "tickets"]
+OURS = ["device", "calls", "store", "tickets"]
 RIVALS = ["fio", "fio-plain", "lmcache", "nixl", "threads", "memmap"]
 
 
