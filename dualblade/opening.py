@@ -330,19 +330,21 @@ def _create(path: str, size_bytes: int) -> None:
 
 
 def _make_ready(layout: _Layout, found: Sequence[Target], size_bytes: int | None) -> None:
-    """What is to be formatted gets the size asked for, if it is a file."""
+    """What is to be formatted gets the size asked for, if it is a file: all of them or none."""
     if found[0].kind == "file":
         _refuse_strange_catalog(found[0].path)
     least_bytes = layout.least_bytes // len(found)
+    files = [target for target in found if target.kind == "file"]
     for target in found:
-        if target.kind == "file":
-            if size_bytes is not None:
-                _set_size(target, size_bytes // len(found))
-            elif target.size_bytes < least_bytes:
-                raise ValueError(
-                    f"{target.path} has {format_size(target.size_bytes)}, too little for a store: "
-                    f"give size="
-                )
+        is_resized = target.kind == "file" and size_bytes is not None
+        if not is_resized and target.size_bytes < least_bytes:
+            advice = "give size=" if target.kind == "file" else layout.least_text
+            raise ValueError(
+                f"{target.path} has {format_size(target.size_bytes)}, too little for a store: "
+                f"{advice}"
+            )
+    if size_bytes is not None and files:
+        _set_sizes([target.path for target in files], size_bytes // len(found))
 
 
 def _refuse_strange_catalog(target: str) -> None:
@@ -379,21 +381,44 @@ def _bears_header(target: str) -> bool:
         return True  # damaged, or of another version
 
 
-def _set_size(found: Target, size_bytes: int) -> None:
-    if size_bytes == found.size_bytes:
-        return
-    fd = os.open(found.path, os.O_RDWR | os.O_CLOEXEC)
+def _set_sizes(paths: Sequence[str], size_bytes: int) -> None:
+    """Each file has this size then; where that can't be, each has the size and content it had."""
+    with contextlib.ExitStack() as stack:
+        files = [(path, _locked(path, stack)) for path in paths]
+        resized = [
+            (path, fd, old_bytes)
+            for path, fd in files
+            if (old_bytes := os.fstat(fd).st_size) != size_bytes
+        ]
+        # Cut off last: up to then everything can be taken back.
+        for i, (path, fd, _) in enumerate(resized):
+            try:
+                os.posix_fallocate(fd, 0, size_bytes)
+            except OSError as error:
+                for _, grown, old_bytes in resized[: i + 1]:
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(grown, old_bytes)
+                raise device_error(
+                    error.errno or errno.EIO, device=path, operation="resize", length=size_bytes
+                ) from error
+        for path, fd, _ in resized:
+            try:
+                os.ftruncate(fd, size_bytes)
+            except OSError as error:
+                raise device_error(
+                    error.errno or errno.EIO, device=path, operation="resize", length=size_bytes
+                ) from error
+
+
+def _locked(path: str, stack: contextlib.ExitStack) -> int:
+    """Refuses a file of a store that is open, here or in another process."""
     try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        stack.callback(os.close, fd)
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(fd, min(size_bytes, found.size_bytes))
-        os.posix_fallocate(fd, 0, size_bytes)
     except OSError as error:
-        operation = "open" if error.errno == errno.EWOULDBLOCK else "resize"
-        raise device_error(
-            error.errno or errno.EIO, device=found.path, operation=operation, length=size_bytes
-        ) from error
-    finally:
-        os.close(fd)
+        raise device_error(error.errno or errno.EIO, device=path, operation="open") from error
+    return fd
 
 
 # ---- the store on it ----------------------------------------------------------------------------

@@ -66,3 +66,37 @@ def test_a_directory_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(DeviceError, match="there is no directory '.*/missing'") as caught:
         dualblade.open(tmp_path / "missing" / "kv.img", size="4MiB")
     assert caught.value.errno == errno.ENOENT
+
+
+def test_a_refused_striped_format_leaves_every_member_as_it_was(tmp_path: Path) -> None:
+    p, q, a, b = (str(tmp_path / name) for name in "pqab")
+    with dualblade.open([p, q], size="16MiB") as store:
+        store.put("w", np.arange(1 << 20))
+    held = Path(p).read_bytes()
+    with dualblade.open([a, b], size="16MiB"):
+        for size in ("8MiB", "16MiB", "20MiB"):
+            with pytest.raises(DeviceRefusedError, match="another process has it open"):
+                dualblade.open([p, b], format=True, size=size)
+            assert Path(p).read_bytes() == held
+    with dualblade.open([p, q]) as store:
+        assert (store.get("w") == np.arange(1 << 20)).all()
+
+
+def test_without_room_for_all_members_every_one_keeps_its_size(tmp_path: Path) -> None:
+    larger, smaller = paths = [str(tmp_path / name) for name in "ab"]
+    with open(larger, "wb") as file:
+        for mib in range(48):
+            file.write(bytes([mib + 1]) * (1 << 20))
+    Path(smaller).write_bytes(b"b" * 4096)
+    held = [Path(path).read_bytes() for path in paths]
+    script = (
+        "import dualblade, resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (32 << 20, 32 << 20))\n"
+        "try: dualblade.open(sys.argv[1:], format=True, size='80MiB')\n"
+        "except dualblade.errors.DeviceError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", script, *paths]
+    done = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)
+    assert "ulimit -f" in done.stdout
+    assert [Path(path).read_bytes() for path in paths] == held
