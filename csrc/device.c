@@ -131,9 +131,13 @@ static void join_geometries(struct db_device *device)
     *all = device->members[0].geometry;
     for (uint32_t i = 1; i < count; i++)
         db_geometry_join(all, &device->members[i].geometry);
-    if (count > 1)
-        all->size_bytes = all->size_bytes / device->stripes.unit_bytes *
-                          device->stripes.unit_bytes * count;
+    if (count == 1)
+        return;
+    /* Sparse files can be so large that offsets over all of them overflow: their ends go unused. */
+    uint64_t row_bytes = device->stripes.unit_bytes * count;
+    uint64_t rows = all->size_bytes / device->stripes.unit_bytes;
+    uint64_t rows_max = INT64_MAX / row_bytes;
+    all->size_bytes = (rows < rows_max ? rows : rows_max) * row_bytes;
 }
 
 /* Opens every member. Their own locks would call one that is given twice another process's. */

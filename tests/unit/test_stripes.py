@@ -510,3 +510,18 @@ def test_damage_names_the_member_that_it_is_on(members: list[str]) -> None:
         with pytest.raises(CorruptionError, match=f"at byte {place} of {path}"):
             store.get("kept")
         assert len(store.check()) == 1
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_size_of_huge_sparse_members_does_not_overflow(count: int) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        try:
+            paths = files(Path(folder), [1 << 62] * count)
+        except OSError as error:
+            pytest.skip(f"no such files here: {error}")
+        with open_device(paths, MIB) as device:
+            row = count * MIB
+            assert device.info.size == ((1 << 63) - 1) // row * row
+            last = device.info.size - BLOCK
+            device.write([(last, np.full(BLOCK, 7, np.uint8))]).wait()
+            assert read(device, last, BLOCK) == b"\7" * BLOCK
