@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import struct
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,56 +80,73 @@ class Header:
         return body + _CHECKSUM.pack(checksum(body))
 
     @classmethod
-    def find(cls, block: Any, target: str | os.PathLike[str] = "the device") -> Header | None:
+    def find(
+        cls,
+        block: Any,
+        target: str | os.PathLike[str] = "the device",
+        members: Sequence[str] = (),
+    ) -> Header | None:
         """The header in a device's first block; None if there is no sign of one.
 
+        members: all that the target was given with, for a message's advice.
         Raises UnsupportedError for a header of another version, CorruptionError for a damaged one.
         """
         if bytes(memoryview(block)[: len(_MAGIC)]) != _MAGIC:
             return None
-        return cls.unpack(block, target=target)
+        return cls.unpack(block, target=target, members=members)
 
     @classmethod
-    def unpack(cls, block: Any, target: str | os.PathLike[str] = "the device") -> Header:
-        """The header in a device's first HEADER_BYTES.
+    def unpack(
+        cls,
+        block: Any,
+        target: str | os.PathLike[str] = "the device",
+        members: Sequence[str] = (),
+    ) -> Header:
+        """The header in a device's first HEADER_BYTES. members: as in `find`.
 
         Raises UnsupportedError for a header of another version, CorruptionError for one that is
         damaged, cut off or not there.
         """
         block = bytes(memoryview(block)[:HEADER_BYTES])
         target = os.fspath(target)
+        anew = f"start anew with `dualblade format {' '.join(members or [target])}`"
         if block[: len(_MAGIC)] != _MAGIC:
             raise CorruptionError(
                 f"{target} has no store header; if there was a store, its first block was "
-                f"overwritten: restore it from a backup, or start anew with `dualblade format "
-                f"{target}`"
+                f"overwritten: restore it from a backup, or {anew}"
             )
         if len(block) < HEADER_BYTES:
             raise CorruptionError(
                 f"the store header of {target} is cut off after {len(block)} bytes: restore the "
-                f"store from a backup, or start anew with `dualblade format {target}`"
+                f"store from a backup, or {anew}"
             )
         _, version, _, store_id, size, lba, chunk, data_offset, created = _LAYOUT.unpack_from(block)
         if version not in (VERSION_SINGLE, VERSION_STRIPED):
             raise UnsupportedError(
                 f"the store on {target} was written in format version {version}; this release "
                 f"reads version {VERSION_SINGLE} and {VERSION_STRIPED}: use the one that wrote it, "
-                f"or start anew with `dualblade format {target}`, which loses what is stored"
+                f"or {anew}, which loses what is stored"
             )
         (expected,) = _CHECKSUM.unpack_from(block, _CHECKED_BYTES)
         if checksum(block[:_CHECKED_BYTES]) != expected:
             raise CorruptionError(
                 f"the store header of {target} does not match its checksum: it was damaged or "
-                "overwritten in part; restore it from a backup, or start anew with "
-                f"`dualblade format {target}`"
+                f"overwritten in part; restore it from a backup, or {anew}"
             )
         striped = (
             _STRIPED_LAYOUT.unpack_from(block, _LAYOUT.size) if version == VERSION_STRIPED else ()
         )
         return cls(store_id.hex(), size, lba, chunk, data_offset, created, *striped)
 
-    def check_device(self, size_bytes: int, lba_bytes: int, target: str | os.PathLike[str]) -> None:
-        """Whether a device of this size and logical block can hold the store.
+    def check_device(
+        self,
+        size_bytes: int,
+        lba_bytes: int,
+        target: str | os.PathLike[str],
+        members: Sequence[str] = (),
+    ) -> None:
+        """Whether a device of this size and logical block can hold the store. members: as in
+        `find`.
 
         Raises DeviceRefusedError. A larger device, or one whose logical block changed, is fine:
         everything is laid out in blocks of 4096 bytes.
@@ -139,7 +157,7 @@ class Header:
                 f"{target} has {size_bytes} bytes, but the store on it was made with "
                 f"{self.size_bytes}: it was truncated, or copied in part to a smaller device; "
                 "restore it to its full size, or start anew with "
-                f"`dualblade format {target}`"
+                f"`dualblade format {' '.join(members or [target])}`"
             )
         if lba_bytes > _BLOCK_BYTES:
             raise DeviceRefusedError(

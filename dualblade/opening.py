@@ -136,6 +136,15 @@ def _closed_on_error(device: _core.Device) -> Iterator[None]:
 # ---- options ------------------------------------------------------------------------------------
 
 
+def check_options(
+    targets: Sequence[str], size: str | int | None, stripe: str | int | None
+) -> None:
+    """Raises ValueError for what open_store would refuse whatever is on the targets."""
+    layout = _layout(targets, stripe)
+    if size is not None:
+        layout.checked_size(size)
+
+
 def _check_options(policy: str, verify: str, durable: bool) -> None:
     if policy not in POLICIES:
         raise ValueError(f"policy={policy!r} is unknown: take one of {', '.join(POLICIES)}")
@@ -197,6 +206,8 @@ def _layout(
     if not paths:
         raise ValueError("give at least one file or block device to open")
     for i, path in enumerate(paths):
+        if not path:
+            raise ValueError("the path is empty: give that of a file or block device")
         if os.path.realpath(path) in map(os.path.realpath, paths[:i]):
             raise ValueError(f"{path} is given twice: give each member of a striped store once")
     stripe_bytes = STRIPE_BYTES if stripe is None else parse_size(stripe)
@@ -435,7 +446,7 @@ def _load(
         return _index(header), catalog
     _check_headers(device, layout, members)
     header = found.header
-    header.check_device(device.info.size, device.info.lba_size, target=layout.name)
+    header.check_device(device.info.size, device.info.lba_size, layout.name, layout.paths)
     index = _index(header)
     path = catalog_path(found.path, found.kind, header.store_id)
     try:
@@ -523,7 +534,7 @@ def _check_headers(device: _core.Device, layout: _Layout, members: Sequence[Targ
         [(layout.header_offset(member), block) for member, block in enumerate(blocks)]
     ).wait()
     for found, block in zip(members, blocks, strict=True):
-        if Header.unpack(block, target=found.path) != found.header:
+        if Header.unpack(block, found.path, layout.paths) != found.header:
             raise DeviceRefusedError(
                 errno.EPERM,
                 f"{found.path} was formatted by another process just now: open it again",

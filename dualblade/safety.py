@@ -56,7 +56,7 @@ def check_target(
     and, unless formatting, UnsupportedError for a store of another format version and
     CorruptionError for a damaged header.
     """
-    look = _look_at(os.fspath(path), formatting, Path(proc), Path(sys))
+    look = _look_at(os.fspath(path), formatting, [], Path(proc), Path(sys))
     found = look.target
     if found.header is None and found.size_bytes and not formatting:
         raise _not_a_store(look, [found.path])
@@ -87,7 +87,7 @@ def check_targets(
     targets = [os.fspath(path) for path in paths]
     if len(targets) == 1:
         return [check_target(targets[0], formatting=formatting, proc=proc, sys=sys)]
-    looks = [_look_at(target, formatting, Path(proc), Path(sys)) for target in targets]
+    looks = [_look_at(target, formatting, targets, Path(proc), Path(sys)) for target in targets]
     _refuse_twice(looks)
     found = [look.target for look in looks]
     if formatting:
@@ -205,7 +205,9 @@ class _Look(NamedTuple):
         return "file", status.st_dev, status.st_ino
 
 
-def _look_at(target: str, formatting: bool, proc: Path, sys: Path) -> _Look:
+def _look_at(
+    target: str, formatting: bool, members: Sequence[str], proc: Path, sys: Path
+) -> _Look:
     """Refuses what is in use or can't hold a store; whatever else it holds is for the caller."""
     try:
         status = os.stat(target)
@@ -220,7 +222,9 @@ def _look_at(target: str, formatting: bool, proc: Path, sys: Path) -> _Look:
     beginning, size_bytes = _read_beginning(target, kind)
     if kind == "block" and size_bytes == 0:
         raise device_error(errno.ENOMEDIUM, device=target, operation="open")
-    header = None if formatting else Header.find(beginning[:HEADER_BYTES], target=target)
+    header = None
+    if not formatting:
+        header = Header.find(beginning[:HEADER_BYTES], target=target, members=members)
     return _Look(Target(target, kind, size_bytes, header), status, beginning, sys)
 
 

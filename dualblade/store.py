@@ -95,7 +95,7 @@ class TensorStore(EntryTransfer):
         return self._start_get_many(keys, out, ahead=True)
 
     def _start_get_many(self, keys: Iterable[str], out: Any, *, ahead: bool = False) -> Ticket:
-        keys = list(keys)
+        keys = _key_list(keys)
         if out is None:
             outs = [None] * len(keys)
         elif isinstance(out, Mapping):
@@ -208,7 +208,7 @@ class TensorStore(EntryTransfer):
 
     def delete_many(self, keys: Iterable[str]) -> None:
         """Forgets several tensors: all of them, or if one is unknown none."""
-        keys = list(dict.fromkeys(keys))
+        keys = list(dict.fromkeys(_key_list(keys)))
         with self._operation(keys):
             entries = self._wait_for(keys, IS_EXCLUSIVE)
             self._index.mark_dirty(self._catalog)
@@ -726,3 +726,9 @@ def _row_count(rows: Any) -> int:
     if count < 0:
         raise ValueError(f"rows={count}: a number of rows can't be negative")
     return count
+
+
+def _key_list(keys: Iterable[str]) -> list[str]:
+    if isinstance(keys, str):  # would be taken for keys of a character each
+        raise TypeError("keys is a str: give a list of keys")
+    return list(keys)

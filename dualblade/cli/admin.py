@@ -16,6 +16,7 @@ from dualblade.catalog import Catalog, catalog_path
 from dualblade.errors import DualbladeError, DualbladeWarning
 from dualblade.header import HEADER_BYTES, Header
 from dualblade.memory import format_size, limits
+from dualblade.opening import check_options
 from dualblade.safety import check_targets
 
 EXAMPLES = """\
@@ -97,12 +98,13 @@ def _name(options: argparse.Namespace) -> str:
 
 
 def _format(options: argparse.Namespace) -> int:
+    check_options(options.targets, options.size, options.stripe)
     present = [target for target in options.targets if os.path.lexists(target)]
     if present:
         held = [
             f"{found.path} ({format_size(found.size_bytes)}) holds {what}."
             for found in check_targets(present, formatting=True)
-            if (what := _content(found.path))
+            if (what := _content(found.path, options.targets))
         ]
         if held and not options.yes and not _confirm(held):
             return 1
@@ -115,13 +117,13 @@ def _format(options: argparse.Namespace) -> int:
     return 0
 
 
-def _content(target: str) -> str:
+def _content(target: str, members: Sequence[str]) -> str:
     """What would be lost; empty if there is nothing but zeros at the beginning."""
     with open(target, "rb") as file:
         beginning = file.read(1 << 20)
     if beginning[:HEADER_BYTES].strip(b"\0"):
         try:
-            if Header.find(beginning[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0"), target=target):
+            if Header.find(beginning[:HEADER_BYTES].ljust(HEADER_BYTES, b"\0"), target, members):
                 return "a dualblade store"
         except DualbladeError as error:
             return f"a dualblade store that can't be opened ({error})"
@@ -158,7 +160,7 @@ def _headers(options: argparse.Namespace) -> list[Header]:
                 f"too small to say more of"
             )
         with open(member.path, "rb") as file:
-            header = Header.find(file.read(HEADER_BYTES), target=member.path)
+            header = Header.find(file.read(HEADER_BYTES), member.path, options.targets)
         if header is not None:
             headers.append(header)
     if headers and len(found) > 1:

@@ -187,3 +187,14 @@ def test_several_targets_are_one_striped_store(tmp_path):
     assert refused.stdout.count("holds a dualblade store") == 2
     assert run("format", a, b, "--yes").returncode == 0
     assert json.loads(run("stat", a, b, "--json").stdout)["tensors"] == 0
+
+
+@pytest.mark.parametrize("option", [("--stripe", "300KiB"), ("--size", "4KiB")])
+def test_format_refuses_what_can_not_be_before_it_asks(tmp_path, option):
+    paths = [tmp_path / "a", tmp_path / "b"]
+    dualblade.open(paths, size="16MiB").close()
+    done = run("format", *paths, *option)
+    assert done.returncode == 1
+    assert option[0][2:] + "=" in done.stderr
+    assert "Formatting" not in done.stdout
+    assert "--yes" not in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 import dualblade
-from dualblade.errors import DeviceError, DeviceRefusedError
+from dualblade.errors import DeviceError, DeviceRefusedError, DualbladeError
 
 
 def test_a_file_that_only_has_the_name_of_a_catalog_is_left_alone(tmp_path: Path) -> None:
@@ -68,16 +69,21 @@ def test_a_directory_that_does_not_exist_is_named(tmp_path: Path) -> None:
     assert caught.value.errno == errno.ENOENT
 
 
+def digest(path: str) -> str:
+    """Of a whole file: what a failed comparison can show."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
 def test_a_refused_striped_format_leaves_every_member_as_it_was(tmp_path: Path) -> None:
     p, q, a, b = (str(tmp_path / name) for name in "pqab")
     with dualblade.open([p, q], size="16MiB") as store:
         store.put("w", np.arange(1 << 20))
-    held = Path(p).read_bytes()
+    held = digest(p)
     with dualblade.open([a, b], size="16MiB"):
         for size in ("8MiB", "16MiB", "20MiB"):
             with pytest.raises(DeviceRefusedError, match="another process has it open"):
                 dualblade.open([p, b], format=True, size=size)
-            assert Path(p).read_bytes() == held
+            assert digest(p) == held
     with dualblade.open([p, q]) as store:
         assert (store.get("w") == np.arange(1 << 20)).all()
 
@@ -88,7 +94,7 @@ def test_without_room_for_all_members_every_one_keeps_its_size(tmp_path: Path) -
         for mib in range(48):
             file.write(bytes([mib + 1]) * (1 << 20))
     Path(smaller).write_bytes(b"b" * 4096)
-    held = [Path(path).read_bytes() for path in paths]
+    held = [digest(path) for path in paths]
     script = (
         "import dualblade, resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -99,4 +105,42 @@ def test_without_room_for_all_members_every_one_keeps_its_size(tmp_path: Path) -
     command = [sys.executable, "-c", script, *paths]
     done = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)
     assert "ulimit -f" in done.stdout
-    assert [Path(path).read_bytes() for path in paths] == held
+    assert [digest(path) for path in paths] == held
+
+
+@pytest.mark.parametrize(
+    ("where", "named"), [(8 << 20, "resized"), (100, "damaged"), (8, "version")]
+)
+def test_what_would_make_a_striped_store_anew_names_all_members(
+    tmp_path: Path, where: int, named: str
+) -> None:
+    paths = [str(tmp_path / name) for name in "ab"]
+    dualblade.open(paths, size="16MiB").close()
+    with open(paths[1], "r+b") as file:
+        if named == "resized":
+            file.truncate(4 << 20)
+        else:
+            file.seek(where)
+            file.write(b"\x77")
+    with pytest.raises(DualbladeError) as caught:
+        dualblade.open(paths)
+    assert named in str(caught.value)
+    if named != "resized":
+        assert f"`dualblade format {paths[0]} {paths[1]}`" in str(caught.value)
+    assert f"format {paths[1]}`" not in str(caught.value).replace(" ".join(paths), "")
+
+
+@pytest.mark.parametrize("target", ["", [""], ["", ""], ["kv.img", ""]])
+def test_an_empty_path_is_said_to_be_empty(target: str | list[str]) -> None:
+    with pytest.raises(ValueError, match="path is empty"):
+        dualblade.open(target, size="16MiB")
+
+
+def test_one_key_where_several_are_taken(tmp_path: Path) -> None:
+    with dualblade.open(tmp_path / "kv.img", size="4MiB") as store:
+        store.put("w1", np.ones(3))
+        store.put("w", np.ones(3))
+        for many in (store.get_many, store.get_many_async, store.delete_many):
+            with pytest.raises(TypeError, match="keys is a str: give a list of keys"):
+                many("w1")
+        assert store.keys() == ["w1", "w"]
