@@ -24,7 +24,19 @@ def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
         "--quick", action="store_true", help="tiny: does it run? Figures mean little"
     )
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw it (needs matplotlib)")
+    parser.add_argument(
+        "--plot",
+        type=plot_path,
+        metavar="FILE.png",
+        help="draw it: .png, .svg or .pdf (needs matplotlib)",
+    )
+
+
+def plot_path(text: str) -> str:
+    """A file to draw into, for argparse."""
+    if not text.lower().endswith((".png", ".svg", ".pdf")):
+        raise argparse.ArgumentTypeError(f"{text!r} must end in .png, .svg or .pdf")
+    return text
 
 
 def positive(text: str) -> int:

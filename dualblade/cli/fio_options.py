@@ -29,6 +29,7 @@ ENGINES = {
     "psync": "threads",
     "pylibaio": "pylibaio",
 }
+PLOT_SUFFIXES = (".png", ".svg", ".pdf")
 PERCENTILES = (1, 5, 10, 20, 30, 40, 50, 60, 70, 80, 90, 95, 99, 99.5, 99.9, 99.95, 99.99)
 BLOCK_BYTES = 4096  # what offsets on the direct path are multiples of
 DEPTH_MAX = 4096
@@ -136,6 +137,8 @@ class Options:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        if flag := re.fullmatch("argument (.*): ignored explicit argument .*", message, re.DOTALL):
+            message = f"{flag[1]} takes no value: give it alone"
         self.exit(2, f"{self.prog}: {message} (--help lists the options)\n")
 
 
@@ -195,6 +198,16 @@ def percentile_list(text: str) -> tuple[float, ...]:
             f"{text!r} is not a list of percentiles: write 50:99:99.9, each above 0 and at most 100"
         )
     return tuple(found)
+
+
+def plot_path(text: str) -> str:
+    """A file to draw into, of a kind that can be drawn."""
+    if not text.lower().endswith(PLOT_SUFFIXES):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a kind of picture that can be drawn: its name must end in "
+            f"{', '.join(PLOT_SUFFIXES)}"
+        )
+    return text
 
 
 def _count(text: str) -> int:
@@ -329,7 +342,12 @@ def _add_report(parser: argparse.ArgumentParser) -> None:
         metavar="LIST",
         help="of clat: 50:99:99.9",
     )
-    add("--plot", metavar="FILE.png", help="latency distribution, throughput over time")
+    add(
+        "--plot",
+        type=plot_path,
+        metavar="FILE.png",
+        help="latency distribution, throughput over time; .png, .svg or .pdf",
+    )
 
 
 def _add_compare(parser: argparse.ArgumentParser) -> None:

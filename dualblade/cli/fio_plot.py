@@ -43,7 +43,7 @@ def plotter(path: str) -> Callable[[Options, Result], None]:
             f"{options.rw}, bs {options.bs}, iodepth {options.iodepth} x {options.numjobs}, "
             f"{result.engine}, {options.access_path}"
         )
-        figure.savefig(path, dpi=110, format="png")
+        figure.savefig(path, dpi=110, format=path.lower().rpartition(".")[2])
 
     return save
 
