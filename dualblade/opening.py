@@ -136,9 +136,7 @@ def _closed_on_error(device: _core.Device) -> Iterator[None]:
 # ---- options ------------------------------------------------------------------------------------
 
 
-def check_options(
-    targets: Sequence[str], size: str | int | None, stripe: str | int | None
-) -> None:
+def check_options(targets: Sequence[str], size: str | int | None, stripe: str | int | None) -> None:
     """Raises ValueError for what open_store would refuse whatever is on the targets."""
     layout = _layout(targets, stripe)
     if size is not None:
@@ -312,15 +310,19 @@ def _exists(path: str) -> bool:
     return True
 
 
-def _create(path: str, size_bytes: int) -> None:
+def refuse_missing_directory(path: str) -> None:
+    """The kernel says ENOENT of a file to be created, as if the file were what is missing."""
     if not os.path.isdir(os.path.dirname(path) or "."):
-        # The kernel says ENOENT of the file, as if giving size= were what is missing.
         raise DeviceError(
             errno.ENOENT,
             f"{path!r} can't be created: there is no directory {os.path.dirname(path)!r}. Make it "
             f"first, or check the path",
             path,
         )
+
+
+def _create(path: str, size_bytes: int) -> None:
+    refuse_missing_directory(path)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:

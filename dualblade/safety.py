@@ -205,9 +205,7 @@ class _Look(NamedTuple):
         return "file", status.st_dev, status.st_ino
 
 
-def _look_at(
-    target: str, formatting: bool, members: Sequence[str], proc: Path, sys: Path
-) -> _Look:
+def _look_at(target: str, formatting: bool, members: Sequence[str], proc: Path, sys: Path) -> _Look:
     """Refuses what is in use or can't hold a store; whatever else it holds is for the caller."""
     try:
         status = os.stat(target)

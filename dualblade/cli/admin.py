@@ -13,6 +13,7 @@ from typing import Any
 import dualblade
 from dualblade import _core
 from dualblade.catalog import Catalog, catalog_path
+from dualblade.cli.messages import for_admin
 from dualblade.errors import DualbladeError, DualbladeWarning
 from dualblade.header import HEADER_BYTES, Header
 from dualblade.memory import format_size, limits
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (DualbladeError, ValueError, OSError, MemoryError) as error:
-        print(f"dualblade: {error}", file=sys.stderr)
+        print(f"dualblade: {for_admin(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("dualblade: interrupted", file=sys.stderr)

@@ -15,6 +15,7 @@ from dualblade.cli.fio_options import Options, parse
 from dualblade.cli.fio_progress import Progress
 from dualblade.cli.fio_target import UsageError, open_device, prepare
 from dualblade.cli.fio_verify import WrongDataError
+from dualblade.cli.messages import for_fio
 from dualblade.errors import DualbladeError
 
 
@@ -25,8 +26,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with ExitStack() as stack:
             output = _output(options, stack)
             if options.memory_limit is not None:
-                from dualblade.cli.memory_cgroup import limited
+                from dualblade.cli.memory_cgroup import least_bytes, limited
 
+                if options.memory_limit < (least := least_bytes()):
+                    raise UsageError(
+                        f"--memory-limit {options.memory_limit} is less than this process needs: "
+                        f"give {least >> 20}m or more"
+                    )
                 stack.enter_context(limited(options.memory_limit))
             status, report = _measure(options)
             output.write(report)
@@ -35,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _fail(error, 2)
     except (DualbladeError, WrongDataError, MemoryError, OSError, ValueError) as error:
-        return _fail(error, 1)
+        return _fail(for_fio(error), 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
 

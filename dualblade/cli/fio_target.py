@@ -15,6 +15,7 @@ from dualblade.cli.fio_options import DEPTH_MAX, REQUEST_BYTES, Options
 from dualblade.cli.fio_pylibaio import INSTALL, PylibaioDevice, load
 from dualblade.errors import DeviceRefusedError, DualbladeError, UnsupportedError, device_error
 from dualblade.header import HEADER_BYTES, Header
+from dualblade.opening import refuse_missing_directory
 from dualblade.safety import check_target
 
 _LAYOUT_BYTES = 1 << 20
@@ -111,6 +112,7 @@ def _create(options: Options) -> Region:
     if options.size is None:
         raise UsageError(f"{options.filename} does not exist: give --size to make it")
     size_bytes = _whole_blocks(options, options.size)
+    refuse_missing_directory(options.filename)
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
     try:
         _allocate(options.filename, 0, options.size, flags)

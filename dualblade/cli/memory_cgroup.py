@@ -12,6 +12,14 @@ from dualblade.errors import UnsupportedError
 from dualblade.memory import format_size, limits
 
 _LEAVE_S = 5.0
+_MARGIN_BYTES = 16 << 20  # staging buffers, and what is imported once the job is known
+
+
+def least_bytes() -> int:
+    """The least limit, in whole MiB, that this process can go on under."""
+    resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    needed = resident_pages * os.sysconf("SC_PAGE_SIZE") + _MARGIN_BYTES
+    return -(-needed >> 20) << 20
 
 
 @contextlib.contextmanager

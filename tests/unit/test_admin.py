@@ -198,3 +198,10 @@ def test_format_refuses_what_can_not_be_before_it_asks(tmp_path, option):
     assert option[0][2:] + "=" in done.stderr
     assert "Formatting" not in done.stdout
     assert "--yes" not in done.stderr
+
+
+def test_a_store_that_is_missing_is_made_by_a_command(tmp_path):
+    done = run("info", tmp_path / "nope")
+    assert done.returncode == 1
+    assert "dualblade format" in done.stderr
+    assert "size=" not in done.stderr

@@ -629,3 +629,47 @@ def test_a_memory_limit_holds_the_page_cache(tmp_path):
     assert found["store"]["memory_budget_bytes"] < 100 << 20
     assert found["store"]["pagecache_bytes"] <= found["store"]["memory_budget_bytes"]
     assert list(Path(limits().cgroup_path).parent.rglob("dualblade-fio-*")) == []
+
+
+def test_a_memory_limit_that_is_too_small_says_the_least(tmp_path):
+    options = ("--filename", tmp_path / "kv.img", *SMALL, "--memory-limit")
+    done = run(*options, "1m")
+    assert done.returncode == 2
+    (least,) = re.findall(r"give (\d+m) or more\n", done.stderr)
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "kv.img").exists()
+    try:
+        MemoryCgroup(64 << 20).close()
+    except Unavailable as error:
+        pytest.skip(str(error))
+    assert run(*options, least).returncode == 0
+
+
+def test_messages_name_options_rather_than_arguments(tmp_path):
+    for arguments, words, status in (
+        (("--filename", tmp_path / "no/nope", "--size", "4m"), "there is no directory", 1),
+        (("--filename", tmp_path), "with --size to create it", 1),
+        (("--filename", "f", "--verify=crc32c"), "--verify takes no value", 2),
+        (("--filename", "f", "--plot", "x.gif"), "must end in .png, .svg, .pdf", 2),
+    ):
+        done = run(*arguments, cwd=tmp_path)
+        assert done.returncode == status
+        assert words in done.stderr
+        assert "size=" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_polling_that_is_refused_names_its_option(target):
+    done = run("--filename", target, "--hipri")
+    if "can't be polled for" not in done.stderr:
+        pytest.skip("nothing says here that polling is refused")
+    assert "leave --hipri out" in done.stderr
+    assert "iopoll out" not in done.stderr
+
+
+@pytest.mark.parametrize(("suffix", "first"), [(".svg", b"<?xml"), (".pdf", b"%PDF")])
+def test_a_plot_is_what_its_name_says(target, tmp_path, suffix, first):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"plot{suffix}"
+    assert run("--filename", target, "--plot", path).returncode == 0
+    assert path.read_bytes().startswith(first)

@@ -91,8 +91,7 @@ def test_a_refused_striped_format_leaves_every_member_as_it_was(tmp_path: Path) 
 def test_without_room_for_all_members_every_one_keeps_its_size(tmp_path: Path) -> None:
     larger, smaller = paths = [str(tmp_path / name) for name in "ab"]
     with open(larger, "wb") as file:
-        for mib in range(48):
-            file.write(bytes([mib + 1]) * (1 << 20))
+        file.writelines(bytes([mib + 1]) * (1 << 20) for mib in range(48))
     Path(smaller).write_bytes(b"b" * 4096)
     held = [digest(path) for path in paths]
     script = (
