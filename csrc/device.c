@@ -227,6 +227,9 @@ static int choose_engine(struct db_device *device)
     if (device->options.sqpoll || device->options.iopoll) {
         if (wanted != DB_ENGINE_AUTO && wanted != DB_ENGINE_URING)
             return -EOPNOTSUPP;
+        /* The probe's read says no too, but not where it reads a hole of a file. */
+        if (device->options.iopoll && !device->geometry.can_poll)
+            return -EOPNOTSUPP;
         wanted = DB_ENGINE_URING;
     }
     if (wanted != DB_ENGINE_AUTO)

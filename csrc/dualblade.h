@@ -66,6 +66,7 @@ struct db_geometry {
     bool is_block_device;
     bool has_direct;  /* false: this filesystem has no O_DIRECT, both paths are buffered */
     bool can_discard;
+    bool can_poll; /* false: the driver has no polling queues; true: the first read will tell */
 };
 
 struct db_path_stats {

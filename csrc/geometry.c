@@ -95,6 +95,7 @@ int db_geometry_read(int fd, bool is_block_device, struct db_geometry *out)
     out->can_discard = !is_block_device;
     if (is_block_device && read_queue_attribute(queue, "discard_max_bytes", &value) == 0)
         out->can_discard = value > 0;
+    out->can_poll = read_queue_attribute(queue, "io_poll", &value) != 0 || value > 0;
     return 0;
 }
 
@@ -116,4 +117,5 @@ void db_geometry_join(struct db_geometry *all, const struct db_geometry *one)
     all->is_block_device &= one->is_block_device;
     all->has_direct &= one->has_direct;
     all->can_discard &= one->can_discard;
+    all->can_poll &= one->can_poll;
 }
