@@ -737,6 +737,7 @@ cdef int _raise_open_error(int error, tuple targets, uint32_t failed, str engine
 
 
 include "_core_memory.pxi"
+include "_core_bracket.pxi"
 include "_core_extents.pxi"
 include "_core_tail.pxi"
 

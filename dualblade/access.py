@@ -13,11 +13,11 @@ from __future__ import annotations
 import functools
 import operator
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from dualblade import tensor
+from dualblade import _core, tensor
 from dualblade.catalog import Catalog
 from dualblade.entry import Entry
 from dualblade.errors import ClosedError
@@ -28,11 +28,40 @@ from dualblade.ticket import Ticket
 IS_EXCLUSIVE = operator.attrgetter("is_exclusive")
 
 
-class _Here(threading.local):
-    """How deep in operations of the store this thread is, and whether to close at its end."""
+def is_written(entry: Entry) -> bool:
+    return entry.is_exclusive or entry.is_appending
 
-    depth = 0
+
+class _Here(threading.local):
+    """In which operations of the store this thread is, and whether to close at their end."""
+
     is_close_due = False
+
+    def __init__(self) -> None:
+        self.inside: dict[object, None] = {}
+
+
+class Operation:
+    """What an operation has taken, so that it can be given back whenever an interrupt came."""
+
+    __slots__ = (
+        "created", "doomed", "held", "is_appending", "is_exclusive", "is_written", "replaced",
+        "ticket", "writes",
+    )  # fmt: skip
+
+    def __init__(self, *, is_appending: bool = False, is_exclusive: bool = False) -> None:
+        self.held: list[Entry] = []
+        self.is_appending = is_appending
+        self.is_exclusive = is_exclusive
+        self.created: Sequence[Entry] = ()
+        """Placed and not yet published; once they are written, they will be."""
+        self.is_written = False
+        self.replaced: Sequence[Entry] = ()
+        self.doomed: Sequence[Entry] = ()
+        """About to be removed."""
+        self.ticket: Ticket | None = None
+        self.writes: Iterable[str] = ()
+        """The keys for which the ticket is pending."""
 
 
 def inside(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -60,7 +89,8 @@ class EntryAccess:
         self._changed = threading.Condition(self._lock)
         self._state = "open"
         self._closer = 0
-        self._active = 0
+        self._operations: dict[Operation, None] = {}
+        """Those that are under way."""
         self._tickets: dict[Ticket, None] = {}
         self._pending: dict[str, tuple[Ticket, ...]] = {}
         """Puts under way, by key: whatever is done with the key next waits for them."""
@@ -90,83 +120,103 @@ class EntryAccess:
         if self._state != "closed":
             self._state = "forked"
 
-    @contextmanager
-    def _inside(self) -> Iterator[None]:
+    def _inside(self) -> _core.Bracket:
         """A signal handler that closes the store in here would wait for itself, so its close() is
         put off to the end of this."""
+        token = object()
+        return _core.Bracket(
+            partial(operator.setitem, self._here.inside, token, None), partial(self._outside, token)
+        )
+
+    def _outside(self, token: object) -> None:
         here = self._here
-        here.depth += 1
-        try:
-            yield
-        finally:
-            here.depth -= 1
-            if here.is_close_due and here.depth == 0:
-                here.is_close_due = False
-                self.close()
+        here.inside.pop(token, None)
+        if here.is_close_due and not here.inside:
+            self.close()
 
     # ---- operations -------------------------------------------------------------------------
 
-    @contextmanager
-    def _settled(self, keys: Iterable[str]) -> Iterator[None]:
-        """Holds the lock, at a moment at which no put of these keys is under way."""
-        keys = list(keys)
-        while True:
-            with self._lock:
-                self._check_open()
-                tickets = self._puts_of(keys)
-                if not tickets:
-                    yield
-                    return
-            for ticket in tickets:
-                ticket.settle()
-
     def _puts_of(self, keys: Iterable[str]) -> list[Ticket]:
+        """The puts of these keys that are under way: who finds any settles them without the lock
+        and looks again."""
         if not self._pending:
             return []
         return [ticket for key in keys for ticket in self._pending.get(key, ())]
 
-    @contextmanager
-    def _operation(self, keys: Iterable[str]) -> Iterator[None]:
-        """`_settled`, as an operation that close() waits for."""
-        with self._inside(), self._settled(keys):
-            self._active += 1
-            try:
-                yield
-            finally:
-                self._leave()
-
-    @contextmanager
-    def _starting(self, keys: Iterable[str]) -> Iterator[None]:
-        """`_operation`, but one that goes on afterwards: `_leave` is the caller's to call then."""
-        with self._settled(keys):
-            self._active += 1
-            try:
-                yield
-            except BaseException:
-                self._leave()
-                raise
-
-    def _leave(self) -> None:
+    def _settle_puts(self, keys: Iterable[str]) -> None:
         with self._lock:
-            self._active -= 1
+            self._check_open()
+            tickets = self._puts_of(keys)
+        for ticket in tickets:
+            ticket.settle()
+
+    def _operation(self) -> _core.Bracket:
+        """An operation that close() waits for."""
+        operation = Operation()
+        return _core.Bracket(partial(self._begin, operation), partial(self._end_inside, operation))
+
+    def _begin(self, operation: Operation) -> Operation:
+        self._here.inside[operation] = None
+        with self._lock:
+            self._check_open()
+            self._operations[operation] = None
+        return operation
+
+    def _end_inside(self, operation: Operation) -> None:
+        self._end(operation)
+        self._outside(operation)
+
+    def _end(self, operation: Operation) -> None:
+        """Finishes or takes back what an operation has begun. It can be done again if it was cut
+        short, and does nothing the second time."""
+        with self._lock:
+            self._change(operation)
+            self._index.release(
+                operation.held,
+                self._residency,
+                is_appending=operation.is_appending,
+                is_exclusive=operation.is_exclusive,
+            )
+            ticket = operation.ticket
+            if ticket is not None:
+                self._tickets.pop(ticket, None)
+                for key in operation.writes:
+                    tickets = self._pending.pop(key, ())
+                    if tickets != (ticket,):
+                        others = tuple(each for each in tickets if each is not ticket)
+                        if others:
+                            self._pending[key] = others
+            self._operations.pop(operation, None)
             self._changed.notify_all()
 
-    def _register(self, ticket: Ticket, writes: Iterable[str] = ()) -> None:
+    def _change(self, operation: Operation) -> None:
+        """Publishes what is written, discards what is not, removes what is to go."""
+        with self._lock:
+            created, doomed = operation.created, operation.doomed
+            if created and operation.is_written:
+                if not operation.replaced:
+                    new = set(created)
+                    keys = {entry.key: entry for entry in created}
+                    operation.replaced = [
+                        old for old in self._index.replaced_by(keys) if old not in new
+                    ]
+                self._index.publish(created, operation.replaced, self._residency)
+            elif created:
+                self._index.discard(created, self._residency)
+            operation.created = ()
+            if doomed:
+                self._index.remove(doomed, self._residency)
+                operation.doomed = ()
+
+    def _register(self, operation: Operation, ticket: Ticket, writes: Iterable[str] = ()) -> None:
         with self._lock:
             self._changed.notify_all()
+            operation.writes = writes
+            operation.ticket = ticket
             for key in writes:
                 self._pending[key] = (*self._pending.get(key, ()), ticket)
             self._tickets[ticket] = None
         self._settle_done(ticket)
-
-    def _unregister(self, ticket: Ticket, writes: Iterable[str] = ()) -> None:
-        with self._lock:
-            self._tickets.pop(ticket, None)
-            for key in writes:
-                tickets = self._pending.pop(key, ())
-                if len(tickets) > 1:
-                    self._pending[key] = tuple(each for each in tickets if each is not ticket)
-            self._leave()
 
     def _goes_on(self, ticket: Ticket) -> bool:
         """Whether a ticket was registered before the interrupt that is being handled came."""
@@ -222,60 +272,63 @@ class EntryAccess:
                 return True
         return False
 
-    def _release(self, entries: Iterable[Entry]) -> None:
-        with self._lock:
-            self._index.release(entries, self._residency)
-            self._changed.notify_all()
-
-    @contextmanager
-    def _shared(self, key: str) -> Iterator[Entry]:
-        with self._inside():
-            with self._starting([key]):
-                (entry,) = self._wait_for([key], IS_EXCLUSIVE)
-                entry.users += 1
-            try:
-                yield entry
-            finally:
-                self._release([entry])
-                self._leave()
-
-    @contextmanager
-    def _appending(self, keys: Iterable[str]) -> Iterator[list[Entry]]:
-        with self._inside():
-            with self._starting(keys):
-                entries = self._wait_for(
-                    keys, lambda entry: entry.is_exclusive or entry.is_appending
-                )
-                for entry in entries:
-                    entry.users += 1
-                    entry.is_appending = True
-            try:
-                yield entries
-            finally:
-                with self._lock:
+    def _hold(
+        self,
+        operation: Operation,
+        keys: Iterable[str],
+        is_taken: Callable[[Entry], bool],
+        *,
+        in_turn: bool = False,
+    ) -> list[Entry]:
+        """Takes hold of the entries of these keys, for an operation that is ended in any case."""
+        keys = list(keys)
+        held = operation.held
+        while True:
+            with self._lock:
+                self._check_open()
+                if not self._puts_of(keys):
+                    self._operations[operation] = None
+                    entries = self._wait_for(keys, is_taken, in_turn=in_turn)
                     for entry in entries:
-                        entry.is_appending = False
-                    self._release(entries)
-                    self._leave()
+                        # All at once, with the call into C.
+                        entry.users += 1
+                        if operation.is_exclusive:
+                            entry.is_exclusive = True  # from here on nobody else begins
+                        elif operation.is_appending:
+                            entry.is_appending = True
+                        held.append(entry)
+                    return entries
+            self._settle_puts(keys)
 
-    @contextmanager
-    def _exclusive(self, keys: Iterable[str]) -> Iterator[list[Entry]]:
-        with self._inside():
-            keys = list(dict.fromkeys(keys))
-            with self._starting(keys):
-                entries = self._wait_for(keys, IS_EXCLUSIVE, in_turn=True)
-                for entry in entries:
-                    entry.users += 1
-                    entry.is_exclusive = True  # from here on nobody else begins
-            try:
-                self._wait_for_others(entries)
-                yield entries
-            finally:
-                with self._lock:
-                    for entry in entries:
-                        entry.is_exclusive = False
-                    self._release(entries)
-                    self._leave()
+    def _shared(self, key: str) -> _core.Bracket:
+        operation = Operation()
+
+        def begin() -> Entry:
+            self._here.inside[operation] = None
+            (entry,) = self._hold(operation, [key], IS_EXCLUSIVE)
+            return entry
+
+        return _core.Bracket(begin, partial(self._end_inside, operation))
+
+    def _appending(self, keys: Iterable[str]) -> _core.Bracket:
+        operation = Operation(is_appending=True)
+
+        def begin() -> list[Entry]:
+            self._here.inside[operation] = None
+            return self._hold(operation, keys, is_written)
+
+        return _core.Bracket(begin, partial(self._end_inside, operation))
+
+    def _exclusive(self, keys: Iterable[str]) -> _core.Bracket:
+        operation = Operation(is_exclusive=True)
+
+        def begin() -> list[Entry]:
+            self._here.inside[operation] = None
+            entries = self._hold(operation, dict.fromkeys(keys), IS_EXCLUSIVE, in_turn=True)
+            self._wait_for_others(entries)
+            return entries
+
+        return _core.Bracket(begin, partial(self._end_inside, operation))
 
     def _wait_for_others(self, entries: Iterable[Entry]) -> None:
         """Returns when nobody but the caller uses these entries."""

@@ -79,6 +79,7 @@ class Entry:
         "is_appending",
         "is_dead",
         "is_exclusive",
+        "is_placed",
         "key",
         "layout",
         "offset",
@@ -105,6 +106,8 @@ class Entry:
         """Operations that are under way on this entry; its extent lives until there are none."""
         self.is_appending = False
         self.is_exclusive = False
+        self.is_placed = False
+        """Its extent is taken, and its bytes are accounted for."""
         self.is_dead = False
         """Deleted or replaced: the last user frees the extent."""
 

@@ -43,6 +43,8 @@ class Index:
         self._used_bytes = 0
         self._changed: dict[str, None] = {}
         self._deleted: dict[str, None] = {}
+        self._taken: tuple[dict[str, None], dict[str, None]] = {}, {}
+        """What a save is under way with."""
 
     def __contains__(self, key: object) -> bool:
         return key in self.entries
@@ -81,43 +83,48 @@ class Index:
         With `one_run` their extents lie side by side. Raises NoSpaceError, and then none has any.
         """
         sizes = [entry.layout.extent_bytes for entry in entries]
-        offsets = self._allocate_run(sizes) if one_run else self._allocate_each(sizes)
-        self._used_bytes += sum(sizes)
-        for entry, offset in zip(entries, offsets, strict=True):
-            entry.offset = offset
-        residency.add(zip([entry.group for entry in entries], sizes, strict=True))
-
-    def _allocate_run(self, sizes: Sequence[int]) -> list[int]:
+        groups = residency.plan(zip([entry.group for entry in entries], sizes, strict=True))
         total = sum(sizes)
-        offset = self._allocate(total) if total else 0
-        offsets = []
-        for size in sizes:
-            offsets.append(offset)
-            offset += size
-        return offsets
-
-    def _allocate_each(self, sizes: Sequence[int]) -> list[int]:
+        runs = [total] if one_run else sizes
+        runs = [size for size in runs if size]
+        aligns = [self._align(size) for size in runs]
         offsets: list[int] = []
-        allocate = self.extents.allocate
+        is_accounted = False
         try:
-            for size in sizes:
-                align = LARGE_ALIGN_BYTES if size >= LARGE_BYTES else 0
-                if self._is_striped:
-                    # No request is to be on two members: a stripe unit is some chunks.
-                    align = min(1 << (size - 1).bit_length(), self.chunk_bytes)
-                offsets.append(allocate(size, align) if size else 0)
+            # One call into C: an interrupt finds every extent that it took in the list.
+            offsets.extend(map(self.extents.allocate, runs, aligns))
+            self._assign(entries, offsets, one_run)
+            self._used_bytes += total
+            residency.pagecache_bytes = groups[1]
+            is_accounted = True  # nothing can be interrupted since the sum, until after this
+            residency.groups.update(groups[0])
         except BaseException as error:
-            for offset, taken in zip(offsets, sizes, strict=False):
-                if taken:
-                    self.extents.free(offset, taken)
+            if is_accounted:
+                self.discard(entries, residency)
+                raise
+            for entry in entries:
+                entry.is_placed = False
+            for offset, size in zip(offsets, runs, strict=False):
+                self.extents.free(offset, size)
             if isinstance(error, ROOM_ERRORS):
-                raise self._no_room(size) from None
+                raise self._no_room(runs[len(offsets)]) from None
             raise
-        return offsets
 
-    def _allocate(self, size_bytes: int) -> int:
-        (offset,) = self._allocate_each([size_bytes])
-        return offset
+    def _assign(self, entries: Iterable[Entry], offsets: Iterable[int], one_run: bool) -> None:
+        """Tells entries where they are."""
+        following = iter(offsets)
+        offset = next(following, 0) if one_run else 0
+        for entry in entries:
+            size = entry.layout.extent_bytes
+            entry.offset = offset if one_run else next(following) if size else 0
+            entry.is_placed = True
+            offset += size
+
+    def _align(self, size: int) -> int:
+        if self._is_striped:
+            # No request is to be on two members: a stripe unit is some chunks.
+            return min(1 << (size - 1).bit_length(), self.chunk_bytes)
+        return LARGE_ALIGN_BYTES if size >= LARGE_BYTES else 0
 
     def _no_room(self, size_bytes: int) -> NoSpaceError:
         return NoSpaceError(
@@ -128,23 +135,29 @@ class Index:
             f"larger store"
         )
 
-    def publish(self, entries: Sequence[Entry], residency: Residency) -> None:
+    # Each of these does nothing for what it has been done for, so that one which an interrupt cut
+    # short can be done again.
+
+    def publish(
+        self, entries: Sequence[Entry], replaced: Iterable[Entry], residency: Residency
+    ) -> None:
         """The entries are what their keys find from now on; what they replace is let go."""
         new = {entry.key: entry for entry in entries}
-        replaced = self.replaced_by(new)
         self.entries.update(new)
         self._changed.update(dict.fromkeys(new))
         self.version += 1
         for old in replaced:
             self._retire(old, residency)
 
-    def remove(self, entry: Entry, residency: Residency) -> None:
-        """The key finds nothing from now on."""
-        del self.entries[entry.key]
-        self.version += 1
-        self._changed.pop(entry.key, None)
-        self._deleted[entry.key] = None
-        self._retire(entry, residency)
+    def remove(self, entries: Iterable[Entry], residency: Residency) -> None:
+        """Their keys find nothing from now on."""
+        for entry in entries:
+            if self.entries.get(entry.key) is entry:
+                del self.entries[entry.key]
+            self.version += 1
+            self._changed.pop(entry.key, None)
+            self._deleted[entry.key] = None
+            self._retire(entry, residency)
 
     def discard(self, entries: Iterable[Entry], residency: Residency) -> None:
         """Gives back the room of entries that were never published."""
@@ -156,19 +169,45 @@ class Index:
         if entry.users == 0:
             self._free(entry, residency)
 
-    def release(self, entries: Iterable[Entry], residency: Residency) -> None:
-        """One user fewer of each; the last one of a dead entry frees its extent."""
-        for entry in entries:
-            entry.users -= 1
-            if entry.is_dead and entry.users == 0:
+    def release(
+        self,
+        entries: list[Entry],
+        residency: Residency,
+        *,
+        is_appending: bool,
+        is_exclusive: bool,
+    ) -> None:
+        """One user fewer of each, which it takes off the list; the last one of a dead entry frees
+        its extent."""
+        while entries:
+            entry = entries[-1]
+            if entry.is_dead and entry.users == 1:
                 self._free(entry, residency)
+            # No call, no interrupt until it is off the list.
+            if is_appending:
+                entry.is_appending = False
+            if is_exclusive:
+                entry.is_exclusive = False
+            entry.users -= 1
+            del entries[-1]
 
     def _free(self, entry: Entry, residency: Residency) -> None:
         size_bytes = entry.layout.extent_bytes
-        residency.remove(entry.group, size_bytes)
+        free = self.extents.free
+        if not entry.is_placed:
+            return
+        # From here to the call into C is no other, so no interrupt.
+        group = residency.groups[entry.group]
+        group.size_bytes -= size_bytes
+        group.tensors -= 1
+        if group.path == "pagecache":
+            residency.pagecache_bytes -= size_bytes
+        if group.tensors == 0:
+            del residency.groups[entry.group]
         self._used_bytes -= size_bytes
+        entry.is_placed = False
         if size_bytes:
-            self.extents.free(entry.offset, size_bytes)
+            free(entry.offset, size_bytes)
 
     def forget(self) -> None:
         """At close: lets go of every entry; the extents stay as they were for the next open."""
@@ -194,16 +233,22 @@ class Index:
 
         A key that was deleted and then stored anew is both: its record moves to the end.
         """
-        changes = list(self._changed), list(self._deleted)
-        self._changed.clear()
-        self._deleted.clear()
-        return changes
+        # Kept here as well: an interrupt may keep what this returns from its caller.
+        taken = changed, deleted = self._changed, self._deleted
+        self._taken, self._changed, self._deleted = taken, {}, {}
+        return list(changed), list(deleted)
 
-    def restore_changes(self, changed: Iterable[str], deleted: Iterable[str]) -> None:
+    def restore_changes(self) -> None:
         """Takes back `take_changes` after a save that failed."""
+        changed, deleted = self._taken
         still = [key for key in changed if key in self.entries]
-        self._changed = dict.fromkeys([*still, *self._changed])
-        self._deleted = dict.fromkeys([*deleted, *self._deleted])
+        both = dict.fromkeys([*still, *self._changed]), dict.fromkeys([*deleted, *self._deleted])
+        self._changed, self._deleted = both
+        self._taken = {}, {}
+
+    def saved(self) -> None:
+        """What was taken is saved."""
+        self._taken = {}, {}
 
     def record(self, entry: Entry, residency: Residency, last_checksum: int | None) -> Record:
         """What is saved of an entry; `last_checksum` is of its last chunk if bytes are held back.
@@ -263,6 +308,7 @@ class Index:
         entry = self.entries[key] = Entry(key, layout, group, rows)
         entry.offset = offset
         entry.stored = stored
+        entry.is_placed = True
         entry.checksums = little_endian(checksums)
         self._used_bytes += length
         return group, length

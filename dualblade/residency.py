@@ -71,20 +71,40 @@ class Residency:
         New groups take the room left over by the known ones, which stay on their path as they grow:
         ask `crowded` first and move those.
         """
-        new: dict[str, Group] = {}
+        self.commit(*self.plan(tensors))
+
+    def plan(self, tensors: Iterable[tuple[str, int]]) -> tuple[dict[str, Group], int]:
+        """What `add` would make of the groups and of `pagecache_bytes`; changes nothing yet."""
+        grown: dict[str, Group] = {}
+        new: list[Group] = []
+        pagecache_bytes = self.pagecache_bytes
         for name, size_bytes in tensors:
-            group = self.groups.get(name) or new.get(name)
+            group = grown.get(name)
             if group is None:
-                group = new[name] = Group("direct")
-            elif group.path == "pagecache":
-                self.pagecache_bytes += size_bytes
+                known = self.groups.get(name)
+                if known is None:
+                    group = Group("direct")
+                    new.append(group)
+                else:
+                    group = Group(known.path, known.size_bytes, known.tensors)
+                grown[name] = group
+            if group.path == "pagecache":
+                pagecache_bytes += size_bytes
             group.size_bytes += size_bytes
             group.tensors += 1
-        for group in new.values():
-            if self.policy != "direct" and self.fits(group.size_bytes):
+        for group in new:
+            fits = self.policy == "pagecache" or (
+                pagecache_bytes + group.size_bytes <= self.budget_bytes
+            )
+            if self.policy != "direct" and fits:
                 group.path = "pagecache"
-                self.pagecache_bytes += group.size_bytes
-        self.groups.update(new)
+                pagecache_bytes += group.size_bytes
+        return grown, pagecache_bytes
+
+    def commit(self, groups: Mapping[str, Group], pagecache_bytes: int) -> None:
+        """Does what was planned. An interrupt comes before or after all of it."""
+        self.pagecache_bytes = pagecache_bytes
+        self.groups.update(groups)
 
     def remove(self, group: str, size_bytes: int) -> None:
         """Takes one tensor off a group; without any, the group is forgotten."""

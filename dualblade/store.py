@@ -6,15 +6,15 @@ known of a tensor in entry.py and index.py; here is what callers ask for.
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from dualblade import _core, tensor
-from dualblade.access import IS_EXCLUSIVE, inside, rows_of
+from dualblade.access import IS_EXCLUSIVE, Operation, inside, rows_of
 from dualblade.catalog import Catalog, Record
 from dualblade.entry import Entry, Layout, ReadPlan, TensorInfo, layout_of, take_checksums
 from dualblade.errors import CorruptionError, DeviceError, KeyNotFoundError, UnsupportedError
@@ -124,15 +124,20 @@ class TensorStore(EntryTransfer):
             self._reservation(key, shape, dtype, name) for key, (shape, dtype) in tensors.items()
         ]
         while True:
-            with self._operation(tensors):
+            self._settle_puts(tensors)
+            with self._operation() as operation, self._lock:
+                if self._puts_of(tensors):
+                    continue
                 taken = [entry.key for entry in entries if entry.key in self._index]
                 if taken:
                     raise ValueError(
                         f"{taken[0]!r} is stored already: delete it before it is reserved anew"
                     )
+                operation.created = entries
                 crowded = self._place(entries, one_run=True)
                 if not crowded:
-                    self._index.publish(entries, self._residency)
+                    operation.is_written = True
+                    self._change(operation)
                     return
             self._go_direct(crowded)
 
@@ -196,10 +201,12 @@ class TensorStore(EntryTransfer):
                         )
                     layout = self._layout((count, *shape[1:]), entry.layout.dtype)
                     copies.append(Entry(entry.key, layout, entry.group, 0))
-                crowded = self._place(copies, entries, one_run=True)
-                if not crowded:
-                    self._move(entries, copies)
-                    return
+                with self._operation() as operation:
+                    operation.created = copies
+                    crowded = self._place(copies, entries, one_run=True)
+                    if not crowded:
+                        self._move(operation, entries, copies)
+                        return
             self._go_direct(crowded)
 
     def delete(self, key: str) -> None:
@@ -209,14 +216,21 @@ class TensorStore(EntryTransfer):
     def delete_many(self, keys: Iterable[str]) -> None:
         """Forgets several tensors: all of them, or if one is unknown none."""
         keys = list(dict.fromkeys(_key_list(keys)))
-        with self._operation(keys):
-            entries = self._wait_for(keys, IS_EXCLUSIVE)
-            self._index.mark_dirty(self._catalog)
-            for entry in entries:
-                self._index.remove(entry, self._residency)
+        while True:
+            self._settle_puts(keys)
+            with self._operation() as operation, self._lock:
+                if self._puts_of(keys):
+                    continue
+                entries = self._wait_for(keys, IS_EXCLUSIVE)
+                self._index.mark_dirty(self._catalog)
+                operation.doomed = entries
+                self._change(operation)
+                return
 
     def __contains__(self, key: object) -> bool:
-        with self._settled([key] if isinstance(key, str) else []):
+        self._settle_puts([key] if isinstance(key, str) else [])
+        with self._lock:
+            self._check_open()
             return key in self._index
 
     def __len__(self) -> int:
@@ -231,7 +245,9 @@ class TensorStore(EntryTransfer):
 
     def info(self, key: str) -> TensorInfo:
         """Shape, dtype, place and path of a tensor."""
-        with self._settled([key]):
+        self._settle_puts([key])
+        with self._lock:
+            self._check_open()
             entry = self._index.find(key)
             return entry.info(self._residency.path_of(entry.group))
 
@@ -273,19 +289,20 @@ class TensorStore(EntryTransfer):
 
     def _flush(self) -> None:
         self._settle_tickets()
-        with self._operation([]):
-            version = self._index.version
-            changed, deleted = self._index.take_changes()
         try:
+            with self._operation(), self._lock:
+                version = self._index.version
+                changed, deleted = self._index.take_changes()
             records = self._persist_all(changed)
             self._device.flush()
             with self._lock:
                 is_clean = version == self._index.version
                 self._catalog.commit(records, deleted, clean=is_clean)
                 self._index.is_clean = is_clean
+                self._index.saved()
         except BaseException:
             with self._lock:
-                self._index.restore_changes(changed, deleted)
+                self._index.restore_changes()
             raise
 
     def stats(self) -> dict[str, Any]:
@@ -305,7 +322,7 @@ class TensorStore(EntryTransfer):
                 "policy": self._residency.policy,
                 "verify": self._verify,
                 "tensors": len(self._index),
-                "operations_active": self._active,
+                "operations_active": len(self._operations),
                 "corruptions": self._corruptions,
                 "total_bytes": extents.total_bytes,
                 "free_bytes": extents.free_bytes,
@@ -345,41 +362,48 @@ class TensorStore(EntryTransfer):
         From a signal handler that interrupts an operation of this store in the same thread it
         returns at once, and the store closes when that operation ends.
         """
-        if self._here.depth:
+        if self._here.inside:
             self._here.is_close_due = True
             return
-        with self._lock:
-            if self._state != "open":
-                # A signal handler may close what this very thread is closing.
-                by_another = self._closer != threading.get_ident()
-                while by_another and self._state in ("closing", "flushing"):
-                    self._changed.wait()
-                return
-            self._state = "closing"
-            self._closer = threading.get_ident()
+        me = threading.get_ident()
+        is_begun = False
         problem: BaseException | None = None
         try:
+            with self._lock:
+                if self._state != "open":
+                    # A signal handler may close what this very thread is closing.
+                    by_another = self._closer != me
+                    while by_another and self._state in ("closing", "flushing"):
+                        self._changed.wait()
+                    return
+                self._state, self._closer, is_begun = "closing", me, True
+            self._here.is_close_due = False
             self._wait_until_idle()
             self._state = "flushing"
             self.flush()
-        except BaseException as error:  # noqa: BLE001  raised below, after the device is closed
-            problem = error
+        except BaseException as error:
+            if not is_begun:
+                raise
+            problem = error  # raised below, after the device is closed
+        with _core.Bracket(self._catalog.close, self._let_go):
+            pass
+        if problem is not None:
+            raise problem
+
+    def _let_go(self) -> None:
         try:
-            with contextlib.closing(self._device):
-                self._catalog.close()
+            self._device.close()
         finally:
             with self._lock:
                 self._index.forget()
                 self._state = "closed"
                 self._changed.notify_all()
-        if problem is not None:
-            raise problem
 
     def _wait_until_idle(self) -> None:
         while True:
             self._settle_tickets()
             with self._lock:
-                if not self._active:
+                if not self._operations:
                     return
                 if not self._tickets:
                     self._changed.wait()
@@ -414,42 +438,50 @@ class TensorStore(EntryTransfer):
         if not isinstance(arrays, Mapping):
             raise TypeError(f"put_many takes a dict of arrays by key, not {type(arrays).__name__}")
         tensors = {_check_name(key): tensor.memory_of(array) for key, array in arrays.items()}
-        entries = self._create(tensors, None if group is None else _check_name(group))
+        name = None if group is None else _check_name(group)
+        operation = Operation()
         memory = [memory for memory, _, _ in tensors.values()]
         completions: list[_core.Completion] = []
         written: list[tuple[list[Entry], bytearray]] = []
 
         def finish(error: BaseException | None) -> None:
-            with self._inside(), self._lock:
-                try:
-                    if error is None:
-                        for some, checksums in written:
-                            take_checksums(some, checksums)
-                        self._index.publish(entries, self._residency)
-                    else:
-                        self._index.discard(entries, self._residency)
-                finally:
-                    self._unregister(ticket, tensors)
             if error is not None:
                 raise error
+            for some, checksums in written:
+                take_checksums(some, checksums)
+            operation.is_written = True  # so that the end publishes them
 
-        ticket = Ticket(completions, finish)
-        try:
+        ticket = Ticket(completions, finish, partial(self._end_in_turn, operation))
+        with self._starting(operation, ticket, completions):
+            entries = self._create(operation, tensors, name)
             written += self._start_writes(zip(entries, memory, strict=True), completions)
-            self._register(ticket, tensors)
-        except BaseException:
-            if not self._goes_on(ticket):
-                drain(completions)
-                with self._lock:
-                    self._index.discard(entries, self._residency)
-                    self._unregister(ticket, tensors)
-            raise
+            self._register(operation, ticket, tensors)
         return ticket
 
+    def _end_in_turn(self, operation: Operation) -> None:
+        """The end of an operation with a ticket, in whatever thread settles that."""
+        with self._inside():
+            self._end(operation)
+
+    def _starting(
+        self, operation: Operation, ticket: Ticket, completions: Iterable[_core.Completion]
+    ) -> _core.Bracket:
+        """After it an operation goes on by its ticket, if that is registered, or has ended."""
+
+        def end() -> None:
+            if not self._goes_on(ticket):
+                drain(completions)
+                self._end(operation)
+
+        return _core.Bracket(lambda: None, end)
+
     def _create(
-        self, tensors: Mapping[str, tuple[Any, tuple[int, ...], str]], group: str | None
+        self,
+        operation: Operation,
+        tensors: Mapping[str, tuple[Any, tuple[int, ...], str]],
+        group: str | None,
     ) -> list[Entry]:
-        """Entries for a put, of an operation that is begun and not ended."""
+        """Entries for a put, which its operation has placed."""
         entries = []
         for key, (_, shape, dtype) in tensors.items():
             layout = self._layout(shape, dtype)
@@ -457,16 +489,22 @@ class TensorStore(EntryTransfer):
             entry.stored = layout.nbytes
             entries.append(entry)
         while True:
-            with self._starting(tensors):
+            self._settle_puts(tensors)
+            with self._lock:
+                self._check_open()
+                if self._puts_of(tensors):
+                    continue
+                self._operations[operation] = None
                 replaced = self._index.replaced_by(tensors)
                 if group is None and replaced:
                     groups = {old.key: old.group for old in replaced}
                     for entry in entries:
                         entry.group = groups.get(entry.key, entry.key)
+                operation.created = entries
                 crowded = self._place(entries, replaced)
                 if not crowded:
                     return entries
-                self._leave()
+                self._end(operation)
             self._go_direct(crowded)
 
     def _place(
@@ -509,44 +547,32 @@ class TensorStore(EntryTransfer):
         ahead: bool = False,
     ) -> Ticket:
         keys = [key for key, *_ in wanted]
-        with self._starting(keys):
-            entries = self._wait_for(keys, IS_EXCLUSIVE)
-            for entry in entries:
-                entry.users += 1
-            # What can grow is read as it is at one moment; of the rest the device gets a part while
-            # the next is planned.
-            part = SUBMIT_REQUESTS if all(map(IS_FULL, entries)) else max(1, len(entries))
+        operation = Operation()
+        entries: list[Entry] = []
         arrays: list[Any] = []
         copies: list[Callable[[], None]] = []
         completions: list[_core.Completion] = []
 
         def finish(error: BaseException | None) -> Any:
-            with self._inside():
-                try:
-                    if error is not None:
-                        self._raise(error, entries)
-                    for copy in copies:
-                        copy()
-                    return shape_result(arrays)
-                finally:
-                    self._release(entries)
-                    self._unregister(ticket)
+            if error is not None:
+                self._raise(error, entries)
+            for copy in copies:
+                copy()
+            return shape_result(arrays)
 
-        ticket = Ticket(completions, finish)
-        try:
+        ticket = Ticket(completions, finish, partial(self._end_in_turn, operation))
+        with self._starting(operation, ticket, completions):
+            entries += self._hold(operation, keys, IS_EXCLUSIVE)
+            # What can grow is read as it is at one moment; of the rest the device gets a part while
+            # the next is planned.
+            part = SUBMIT_REQUESTS if all(map(IS_FULL, entries)) else max(1, len(entries))
             for first in range(0, len(entries), part):
                 some = slice(first, first + part)
                 plans = self._plan_reads(entries[some], wanted[some], arrays)
                 self._start_reads(plans, completions, ahead=ahead)
                 for plan in plans.values():
                     copies += plan.finish
-            self._register(ticket)
-        except BaseException:
-            if not self._goes_on(ticket):
-                drain(completions)
-                self._release(entries)
-                self._unregister(ticket)
-            raise
+            self._register(operation, ticket)
         return ticket
 
     def _plan_reads(
@@ -600,21 +626,17 @@ class TensorStore(EntryTransfer):
 
     # ---- moving the end of a tensor, and the tensor -------------------------------------------
 
-    def _move(self, entries: list[Entry], copies: list[Entry]) -> None:
+    def _move(self, operation: Operation, entries: list[Entry], copies: list[Entry]) -> None:
         """Puts new entries, with their content, in place of those that the caller has to itself."""
-        try:
-            for entry, copy in zip(entries, copies, strict=True):
-                self._copy(entry, copy)
-        except BaseException:
-            with self._lock:
-                self._index.discard(copies, self._residency)
-            raise
+        for entry, copy in zip(entries, copies, strict=True):
+            self._copy(entry, copy)
         with self._lock:
-            for entry, copy in zip(entries, copies, strict=True):
-                if entry.is_dead:  # another thread has put something else in its place
-                    self._index.discard([copy], self._residency)
-                else:
-                    self._index.publish([copy], self._residency)
+            pairs = list(zip(entries, copies, strict=True))
+            # Another thread may have put something else in the place of some.
+            self._index.discard([copy for entry, copy in pairs if entry.is_dead], self._residency)
+            alive = [copy for entry, copy in pairs if not entry.is_dead]
+            operation.created, operation.is_written = alive, True
+            self._change(operation)
 
     def _keys_of_group(self, group: str) -> list[str]:
         """The keys of a group, at a moment at which these are all its tensors: none is on its way

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from dualblade._core import Completion
+from dualblade._core import Bracket, Completion
 
 
 class Ticket:
@@ -24,9 +24,11 @@ class Ticket:
         self,
         completions: Sequence[Completion],
         finish: Callable[[BaseException | None], Any],
+        end: Callable[[], None],
     ) -> None:
         self._completions = completions
         self._finish = finish
+        self._ending = Bracket(_nothing, end)
         self._lock = threading.RLock()
         self._is_begun = False
         self._is_settled = False
@@ -57,16 +59,21 @@ class Ticket:
             # Once, even if an interrupt cuts it short: what it gives back must not be given twice.
             if self._is_begun:
                 return
-            self._is_begun = True
-            finish, self._finish = self._finish, _nothing
             try:
-                self._value = finish(error)
+                with self._ending:
+                    self._is_begun = True
+                    finish, self._finish = self._finish, _nothing
+                    self._value = finish(error)
             except Exception as problem:  # noqa: BLE001  kept for result()
                 self._error = problem
+            except BaseException as interrupt:
+                self._error = interrupt  # there is no value: result() must not return one later
+                raise
             finally:
                 # Last: whoever reads this without the lock reads the value next.
                 self._is_settled = True
                 self._completions = ()
+                self._ending = Bracket(_nothing, _nothing)
 
     def __await__(self) -> Generator[Any, None, Any]:
         # The wait is in C without the GIL: a thread of the loop's executor costs only itself.
@@ -88,5 +95,5 @@ def _outcome(completion: Completion, deadline: float | None) -> Exception | None
             return None
 
 
-def _nothing(error: BaseException | None) -> None:
+def _nothing(error: BaseException | None = None) -> None:
     del error
