@@ -1,7 +1,7 @@
 """The C core as Python sees it: bytes, offsets and checksums; no tensors and no policy."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np

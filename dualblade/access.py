@@ -29,6 +29,7 @@ IS_EXCLUSIVE = operator.attrgetter("is_exclusive")
 
 
 def is_written(entry: Entry) -> bool:
+    """Whether somebody changes it now."""
     return entry.is_exclusive or entry.is_appending
 
 

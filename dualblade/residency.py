@@ -106,16 +106,6 @@ class Residency:
         self.pagecache_bytes = pagecache_bytes
         self.groups.update(groups)
 
-    def remove(self, group: str, size_bytes: int) -> None:
-        """Takes one tensor off a group; without any, the group is forgotten."""
-        bound = self.groups[group]
-        bound.size_bytes -= size_bytes
-        bound.tensors -= 1
-        if bound.path == "pagecache":
-            self.pagecache_bytes -= size_bytes
-        if bound.tensors == 0:
-            del self.groups[group]
-
     def move(self, group: str, path: PathName) -> None:
         """Rebinds a group, after the store has seen to its pages."""
         bound = self.groups[group]

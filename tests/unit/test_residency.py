@@ -39,7 +39,7 @@ def path(tmp_path: Path) -> Path:
 @given(
     steps=st.lists(
         st.tuples(
-            st.sampled_from(("add", "remove", "grow", "direct")),
+            st.sampled_from(("add", "grow", "direct")),
             st.sampled_from("abcd"),
             st.integers(0, 60),
         ),
@@ -51,11 +51,7 @@ def test_the_accounts_are_right_and_the_budget_is_kept(steps: list[Any], policy:
     residency = Residency(policy, 100)
     model: dict[str, list[int]] = {}
     for action, group, size in steps:
-        if action == "remove" and model.get(group):
-            residency.remove(group, model[group].pop())
-            if not model[group]:
-                del model[group]
-        elif action == "direct" and group in model:
+        if action == "direct" and group in model:
             residency.move(group, "direct")
         elif action in ("add", "grow"):
             for name in residency.crowded({group: size}):

@@ -93,17 +93,17 @@ def test_get_many_takes_memory_beside_keys_or_by_key(store: dualblade.TensorStor
     arrays = {name: noise(1000, seed) for seed, name in enumerate("abc")}
     store.put_many(arrays)
     outs = [np.empty(1000, np.uint8) for _ in range(3)]
-    found = store.get_many("cab", out=outs)
+    found = store.get_many(list("cab"), out=outs)
     assert list(found) == ["c", "a", "b"]
     assert [found[name] is out for name, out in zip("cab", outs, strict=True)] == [True] * 3
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
     only = np.empty(1000, np.uint8)
-    found = store.get_many("ab", out={"b": only})
+    found = store.get_many(["a", "b"], out={"b": only})
     assert found["b"] is only
     np.testing.assert_array_equal(found["a"], arrays["a"])
     with pytest.raises(ValueError, match="2 arrays for 3 keys"):
-        store.get_many("abc", out=outs[:2])
+        store.get_many(list("abc"), out=outs[:2])
 
 
 def test_one_key_twice_in_a_batch(store: dualblade.TensorStore) -> None:
