@@ -204,9 +204,9 @@ class Catalog:
 
     def close(self) -> None:
         """Folds the write-ahead log into the file. Twice is fine; after a fork it does nothing."""
-        connection, self._connection = self._connection, None
-        if connection is not None and os.getpid() == self._pid:
-            connection.close()
+        if self._connection is not None and os.getpid() == self._pid:
+            self._connection.close()
+        self._connection = None  # last: after an interrupt it is closed once more
 
     def abandon(self) -> None:
         """In the child after a fork: the connection is the parent's, and never to be closed here.

@@ -6,6 +6,7 @@ known of a tensor in entry.py and index.py; here is what callers ask for.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import threading
 import warnings
@@ -391,13 +392,16 @@ class TensorStore(EntryTransfer):
             raise problem
 
     def _let_go(self) -> None:
-        try:
-            self._device.close()
-        finally:
-            with self._lock:
-                self._index.forget()
-                self._state = "closed"
-                self._changed.notify_all()
+        with contextlib.ExitStack() as stack:  # whatever goes wrong with one, the rest is done
+            stack.callback(self._say_closed)
+            stack.callback(self._device.close)
+            self._catalog.close()
+
+    def _say_closed(self) -> None:
+        with self._lock:
+            self._index.forget()
+            self._state = "closed"
+            self._changed.notify_all()
 
     def _wait_until_idle(self) -> None:
         while True:
