@@ -140,6 +140,7 @@ class Worker:
         moves = options.io_size or region.size_bytes
         self._blocks_left = None if options.time_based else max(1, moves // options.bs)
         self.stopped = False
+        self.ended = threading.Event()
         """Set from another thread: no more batches are started."""
 
     def run(self, device: Device | PylibaioDevice, start_ns: int) -> None:
@@ -286,16 +287,17 @@ class Job:
         try:
             for thread in threads:
                 thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(_POLL_S)
+            for worker in self._workers:
+                while not worker.ended.wait(_POLL_S):
                     report(self, (time.perf_counter_ns() - start_ns) / 1e9)
         except KeyboardInterrupt:
             result.interrupted = True
         finally:
             self._stop()
-            for thread in threads:
+            # Not join() alone: one that an interrupt cut short takes the thread for ended.
+            for worker, thread in zip(self._workers, threads, strict=True):
                 if thread.ident is not None:
+                    worker.ended.wait()
                     thread.join()
 
     def _guarded(self, worker: Worker, start_ns: int) -> None:
@@ -304,6 +306,8 @@ class Job:
         except BaseException as error:  # noqa: BLE001 - run() raises it in the caller's thread
             self._error = self._error or error
             self._stop()
+        finally:
+            worker.ended.set()
 
     def _stop(self) -> None:
         for worker in self._workers:

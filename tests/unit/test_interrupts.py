@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,14 @@ import dualblade
 OPERATIONS = 400
 KEYS = [f"k{number}" for number in range(60)]
 CLOSE_S = 20.0
+
+
+@pytest.fixture(autouse=True)
+def uncollected() -> Iterator[None]:
+    """No collection meanwhile: Hypothesis has a callback for it, which would lose the interrupt."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def one_operation(store: Any, chance: random.Random, number: int) -> None:
