@@ -228,9 +228,11 @@ def sleeps_since(before, act=lambda: None):
     deadline = time.monotonic() + 30
     while True:
         act()
-        state, slept = kernel_thread()
-        if state == "S" and slept > before:
-            return slept
+        falls_asleep = time.monotonic() + 0.5  # it spins for a while first, and after each act()
+        while time.monotonic() < falls_asleep:
+            state, slept = kernel_thread()
+            if state == "S" and slept > before:
+                return slept
         assert time.monotonic() < deadline, (state, slept, before)
 
 def interrupt():
