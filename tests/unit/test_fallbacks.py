@@ -224,16 +224,11 @@ def kernel_thread():
     fields = dict(line.split(":\\t") for line in (thread / "status").read_text().splitlines())
     return fields["State"][0], int(fields["voluntary_ctxt_switches"])
 
-def sleeps_since(before, act=lambda: None):
+def wait_until(ready, act=lambda: None):
     deadline = time.monotonic() + 30
-    while True:
+    while not ready(*kernel_thread()):
         act()
-        falls_asleep = time.monotonic() + 0.5  # it spins for a while first, and after each act()
-        while time.monotonic() < falls_asleep:
-            state, slept = kernel_thread()
-            if state == "S" and slept > before:
-                return slept
-        assert time.monotonic() < deadline, (state, slept, before)
+        assert time.monotonic() < deadline, kernel_thread()
 
 def interrupt():
     command = f"kill -STOP {os.getpid()}; kill -CONT {os.getpid()}"
@@ -244,13 +239,15 @@ with open(path, "wb") as file:
 out = _core.aligned_empty(4096, np.uint8)
 out[:] = 1
 with _core.Device.open(path, engine="uring", sqpoll=True) as device:
-    slept = sleeps_since(0)
+    wait_until(lambda state, switches: state == "S" and switches > 0)
+    before = kernel_thread()[1]
     forbid(["io_uring_enter"])
     try:
         device.read([(0, out)]).wait()
     except DeviceError as error:
         print("refused", error.errno)
-    sleeps_since(slept, interrupt)  # not each of them gets as far as the thread
+    # Not each interrupt gets as far as the thread; these many times round it has looked.
+    wait_until(lambda _, switches: switches > before + 3, interrupt)
     print(set(out.tolist()), device.stats()["direct"]["in_flight"])
 """,
         folder,
