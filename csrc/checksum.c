@@ -1,5 +1,6 @@
 /* checksum.c - XXH3 checksums of memory. */
 
+#include "checksum_avx2.h"
 #include "dualblade.h"
 
 #include <assert.h>
@@ -10,10 +11,21 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
+/* Bytes in the processor's cache at twice the speed, those in memory a quarter faster. AVX-512 adds
+ * nothing to that in cache, and is slower in memory. */
+static uint64_t xxh3(const void *data, size_t length)
+{
+#if DB_HAVE_CHECKSUM_AVX2
+    if (__builtin_cpu_supports("avx2"))
+        return db_checksum_avx2(data, length);
+#endif
+    return XXH3_64bits(data, length);
+}
+
 uint64_t db_checksum(const void *data, size_t length)
 {
     assert(data != NULL || length == 0);
-    return XXH3_64bits(data, length);
+    return xxh3(data, length);
 }
 
 void db_checksum_chunks(const void *data, uint64_t length, uint32_t chunk_bytes, uint64_t *out)
@@ -24,7 +36,7 @@ void db_checksum_chunks(const void *data, uint64_t length, uint32_t chunk_bytes,
     assert(bytes != NULL || length == 0);
     while (length > 0) {
         uint64_t part = length < chunk_bytes ? length : chunk_bytes;
-        *out++ = XXH3_64bits(bytes, part);
+        *out++ = xxh3(bytes, part);
         bytes += part;
         length -= part;
     }
