@@ -1,7 +1,8 @@
 """TensorStore: tensors by key, each in one contiguous extent of one device.
 
-How threads keep out of each other's way is in access.py, how bytes move in transfer.py, what is
-known of a tensor in entry.py and index.py; here is what callers ask for.
+How threads keep out of each other's way is in access.py, how bytes move in transfer.py, how groups
+change their path in rebinding.py, what is known of a tensor in entry.py and index.py; here is what
+callers ask for.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from dualblade.catalog import Catalog, Record
 from dualblade.entry import Entry, Layout, ReadPlan, TensorInfo, layout_of, take_checksums
 from dualblade.errors import CorruptionError, DeviceError, KeyNotFoundError, UnsupportedError
 from dualblade.index import Index
-from dualblade.memory import format_size
+from dualblade.rebinding import Rebinding
 from dualblade.residency import PathName, Residency
 from dualblade.ticket import Ticket
-from dualblade.transfer import COPY_BYTES, SUBMIT_REQUESTS, EntryTransfer, drain
+from dualblade.transfer import COPY_BYTES, SUBMIT_REQUESTS, drain
 
 IS_FULL = operator.attrgetter("is_full")
 
 
-class TensorStore(EntryTransfer):
+class TensorStore(Rebinding):
     """Tensors on one file or block device, or striped over several. Made by `dualblade.open`; safe
     for many threads.
 
@@ -263,24 +264,6 @@ class TensorStore(EntryTransfer):
     def closed(self) -> bool:
         """Whether `close()` was called, or the process forked."""
         return self._state != "open"
-
-    def set_path(self, group: str, path: PathName) -> None:
-        """Moves a group to another path, while others read and write what they like.
-
-        No data moves: what the page cache holds is written back and dropped, and from then on the
-        same blocks are reached the other way. ValueError if the group would not fit into the
-        memory budget, KeyNotFoundError if there is no such group.
-        """
-        if path not in self._paths:
-            raise ValueError(f"path={path!r} is unknown: take 'direct' or 'pagecache'")
-        while True:
-            keys = self._keys_of_group(group)
-            try:
-                with self._exclusive(keys) as entries:
-                    if self._rebind(group, path, entries):
-                        return
-            except KeyNotFoundError:
-                continue  # one was deleted meanwhile
 
     @inside
     def flush(self) -> None:
@@ -641,56 +624,6 @@ class TensorStore(EntryTransfer):
             alive = [copy for entry, copy in pairs if not entry.is_dead]
             operation.created, operation.is_written = alive, True
             self._change(operation)
-
-    def _keys_of_group(self, group: str) -> list[str]:
-        """The keys of a group, at a moment at which these are all its tensors: none is on its way
-        in, and none is deleted but still being read."""
-        while True:
-            self._settle_tickets()
-            with self._lock:
-                self._check_open()
-                if group not in self._residency.groups:
-                    raise KeyNotFoundError(f"there is no group {group!r}")
-                keys = [entry.key for entry in self._index.of_group(group)]
-                if self._residency.groups[group].tensors == len(keys):
-                    return keys
-                if not self._tickets:
-                    self._changed.wait()
-
-    def _rebind(self, group: str, path: PathName, entries: list[Entry]) -> bool:
-        """Moves a group whose entries the caller has for itself; False if these are not all."""
-        with self._lock:
-            bound = self._residency.groups[group]
-            if bound.tensors != len(entries) or any(entry.group != group for entry in entries):
-                return False
-            before = bound.path
-            if before == path:
-                return True
-            if path == "pagecache" and not self._residency.fits(bound.size_bytes):
-                raise ValueError(
-                    f"group {group!r} has {format_size(bound.size_bytes)}, and of the memory "
-                    f"budget of {format_size(self._residency.budget_bytes)} page-cached tensors "
-                    f"already take {format_size(self._residency.pagecache_bytes)}"
-                )
-            # Before the pages go: what is put from now on takes the new path.
-            self._residency.move(group, path)
-        try:
-            for entry in entries:
-                if entry.layout.extent_bytes:
-                    self._paths[path].enter(entry.offset, entry.layout.extent_bytes)
-        except BaseException:
-            with self._lock:
-                self._residency.move(group, before)
-            raise
-        return True
-
-    def _go_direct(self, groups: Iterable[str]) -> None:
-        """Makes room in the memory budget for groups that are about to grow."""
-        for group in groups:
-            try:
-                self.set_path(group, "direct")
-            except KeyNotFoundError:
-                continue  # deleted meanwhile
 
     def _persist_all(self, keys: Iterable[str]) -> list[Record]:
         """Writes what is held back of tensors; the records of those that are not gone."""

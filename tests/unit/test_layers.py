@@ -21,7 +21,8 @@ LAYERS = (
     {"__init__"},
     {"kvcache", "opening"},
     {"store"},
-    {"transfer"},  # this and the next two lines are the store's parts
+    {"rebinding"},  # this and the next three lines are the store's parts
+    {"transfer"},
     {"access"},
     {"index"},
     {"residency", "catalog", "pipeline", "ticket"},
