@@ -479,6 +479,21 @@ int db_device_discard(struct db_device *device, uint64_t offset, uint64_t length
     return rc;
 }
 
+int db_device_write_back(struct db_device *device, uint64_t offset, uint64_t length, bool wait,
+                         uint32_t *failed)
+{
+    *failed = device->stripes.member_count;
+    int rc = check_range(device, offset, length);
+    for (uint32_t i = 0; !rc && i < device->stripes.member_count; i++) {
+        struct part part = part_of(device, i, offset, length);
+        if (part.length > 0) /* the kernel takes a length of 0 as the rest of the file */
+            rc = db_member_write_back(part.member, part.offset, part.length, wait);
+        if (rc)
+            *failed = i;
+    }
+    return rc;
+}
+
 int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t length,
                           uint32_t *failed)
 {

@@ -124,6 +124,12 @@ int db_device_flush(struct db_device *device, uint32_t *failed);
 /* The content of a range is no longer needed and reads as anything. -EOPNOTSUPP if it can't. */
 int db_device_discard(struct db_device *device, uint64_t offset, uint64_t length,
                       uint32_t *failed);
+/* Starts to write a range's dirty pages back, without waiting, as far as the drive's queue takes
+ * them; with `wait` returns when all are written, which is not yet on the medium. The error of a
+ * write-back that failed before may come up here, and does so again in db_device_flush().
+ * -EIO, -ENOSPC, -ENOMEM. */
+int db_device_write_back(struct db_device *device, uint64_t offset, uint64_t length, bool wait,
+                         uint32_t *failed);
 /* Writes a range's dirty pages back and drops it from the page cache. */
 int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t length,
                           uint32_t *failed);

@@ -98,12 +98,22 @@ int db_member_discard(struct db_member *member, uint64_t offset, uint64_t length
     return rc < 0 ? -errno : 0;
 }
 
+int db_member_write_back(struct db_member *member, uint64_t offset, uint64_t length, bool wait)
+{
+    /* The kernel tells each open file of a failed write-back once: told to this descriptor, it is
+     * still news to the one that is flushed, whose user may be somebody else. */
+    int fd = member->direct_fd >= 0 ? member->direct_fd : member->buffered_fd;
+    unsigned flags = SYNC_FILE_RANGE_WRITE;
+    if (wait)
+        flags |= SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WAIT_AFTER;
+    return sync_file_range(fd, (off_t)offset, (off_t)length, flags) < 0 ? -errno : 0;
+}
+
 int db_member_drop_cached(struct db_member *member, uint64_t offset, uint64_t length)
 {
-    if (sync_file_range(member->buffered_fd, (off_t)offset, (off_t)length,
-                        SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE |
-                            SYNC_FILE_RANGE_WAIT_AFTER) < 0)
-        return -errno;
+    int rc = db_member_write_back(member, offset, length, true);
+    if (rc)
+        return rc;
     return -posix_fadvise(member->buffered_fd, (off_t)offset, (off_t)length, POSIX_FADV_DONTNEED);
 }
 

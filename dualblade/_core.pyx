@@ -95,6 +95,12 @@ cdef enum:
     # Releasing the GIL costs more than it gives below this many bytes of checksum or copy.
     NOGIL_BYTES = 65536
 
+cdef enum range_call:
+    DISCARD
+    WRITE_BACK
+    WRITE_BACK_AND_WAIT
+    DROP_CACHED
+
 
 include "_core_arguments.pxi"
 include "_core_completion.pxi"
@@ -422,21 +428,34 @@ cdef class Device:
         """Tells the device that a range is no longer needed; it then reads as anything.
 
         Raises UnsupportedError where the device can't."""
-        self._range_call(0, offset, length, "discard")
+        self._range_call(DISCARD, offset, length, "discard")
+
+    def write_back(self, offset, length, wait=False):
+        """Starts to write a range's dirty pages back, so that nobody has to wait for it later.
+
+        Returns when the drive's queue has taken them; with wait=True when all are written, which
+        is not yet safe from a power loss: flush() is. An error of an earlier write-back may come
+        up here; flush() raises it all the same."""
+        self._range_call(WRITE_BACK_AND_WAIT if wait else WRITE_BACK, offset, length,
+                         "write back")
 
     def drop_cached(self, offset, length):
         """Writes a range's dirty pages back and drops it from the page cache."""
-        self._range_call(1, offset, length, "drop the cached pages of")
+        self._range_call(DROP_CACHED, offset, length, "drop the cached pages of")
 
-    cdef int _range_call(self, int which, object offset, object length, str operation) except -1:
+    cdef int _range_call(self, range_call which, object offset, object length,
+                         str operation) except -1:
         cdef uint64_t start = _bytes(offset, "offset")
         cdef uint64_t size = _bytes(length, "length")
         cdef uint32_t failed
         cdef int rc
         self._pin()
         with nogil:
-            if which == 0:
+            if which == DISCARD:
                 rc = db_device_discard(self.ptr, start, size, &failed)
+            elif which != DROP_CACHED:
+                rc = db_device_write_back(self.ptr, start, size, which == WRITE_BACK_AND_WAIT,
+                                          &failed)
             else:
                 rc = db_device_drop_cached(self.ptr, start, size, &failed)
         self._unpin()

@@ -100,6 +100,8 @@ cdef extern from "dualblade.h" nogil:
     int db_device_flush(db_device *device, uint32_t *failed) noexcept
     int db_device_discard(db_device *device, uint64_t offset, uint64_t length,
                           uint32_t *failed) noexcept
+    int db_device_write_back(db_device *device, uint64_t offset, uint64_t length, bint wait,
+                             uint32_t *failed) noexcept
     int db_device_drop_cached(db_device *device, uint64_t offset, uint64_t length,
                               uint32_t *failed) noexcept
     int db_device_cached(db_device *device, uint64_t offset, uint64_t length,

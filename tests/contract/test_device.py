@@ -372,6 +372,19 @@ def test_dropping_empties_the_page_cache_and_loses_nothing(device: _core.Device)
     assert cached_bytes(device, MIB, data.size)[0] == data.size
 
 
+def test_writing_back_keeps_the_pages_and_cleans_them(device: _core.Device):
+    data = noise(2 * MIB, 2)
+    device.write([(MIB, data)], path="pagecache").wait()
+    device.write_back(MIB, data.size)
+    device.write_back(MIB, data.size, wait=True)
+    assert cached_bytes(device, MIB, data.size) == (data.size, 0)
+    assert np.array_equal(read(device, MIB, data.size, "direct"), data)
+    device.write([(MIB, data)], path="pagecache").wait()
+    device.write_back(MIB + CHUNK, 0, wait=True)
+    device.write_back(MIB + CHUNK, CHUNK, wait=True)
+    assert cached_bytes(device, MIB + CHUNK, CHUNK) == (CHUNK, 0)
+
+
 def test_dropping_one_range_leaves_the_next_one_cached(device: _core.Device):
     device.write([(0, noise(2 * MIB, 1))], path="pagecache").wait()
     device.flush()
@@ -438,7 +451,7 @@ def test_ranges_outside_the_device_start_nothing(device: _core.Device, path: str
             device.write([(0, b"x" * BLOCK), (offset, memory)], path=path)
     assert device.stats()[path]["reads"] == device.stats()[path]["writes"] == 0
     assert not read(device, 0, BLOCK).any()
-    for call in (device.discard, device.drop_cached, device.cached_bytes):
+    for call in (device.discard, device.write_back, device.drop_cached, device.cached_bytes):
         with pytest.raises(ValueError):
             call(size, BLOCK)
         with pytest.raises(ValueError):
@@ -467,6 +480,7 @@ def test_after_close_everything_is_refused(target: Target, engine: Engine):
         lambda: device.write([(0, bytes(BLOCK))]),
         device.flush,
         lambda: device.discard(0, BLOCK),
+        lambda: device.write_back(0, BLOCK),
         lambda: device.drop_cached(0, BLOCK),
         lambda: device.cached_bytes(0, BLOCK),
         device.stats,

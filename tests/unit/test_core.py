@@ -539,6 +539,7 @@ def test_use_after_close(device: _core.Device) -> None:
         device.flush,
         device.stats,
         lambda: device.discard(0, 4096),
+        lambda: device.write_back(0, 4096),
         lambda: device.drop_cached(0, 4096),
         lambda: device.cached_bytes(0, 4096),
         device.__enter__,

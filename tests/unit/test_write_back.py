@@ -1,0 +1,122 @@
+"""Dirty pages are written back when asked, and what goes wrong with that is not kept quiet."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import subprocess
+import threading
+from typing import TYPE_CHECKING
+
+import pytest
+
+from dualblade import _core
+from dualblade.errors import DeviceError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.faultdev import FaultDevice
+
+MIB = 1 << 20
+CHUNK = 64 << 10
+
+
+@pytest.fixture
+def faulty(fault_device: Callable[..., FaultDevice]) -> Iterator[FaultDevice]:
+    made = fault_device(8 * MIB)
+    yield made
+    made.medium.unlink()
+
+
+@pytest.fixture
+def device(faulty: FaultDevice) -> Iterator[_core.Device]:
+    """A block device whose page cache is the kernel's, and whose medium fails on request."""
+    if os.geteuid() != 0:
+        pytest.skip("loop devices need root")
+    attached = subprocess.run(
+        ["losetup", "--find", "--show", "--direct-io=on", os.fspath(faulty.path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if attached.returncode:
+        pytest.skip(f"no loop device: {attached.stderr.strip()}")
+    path = attached.stdout.strip()
+    try:
+        with _core.Device.open(path, chunk_bytes=CHUNK) as opened:
+            faulty.clear()
+            yield opened
+            faulty.clear()
+    finally:
+        subprocess.run(["losetup", "--detach", path], check=True)
+
+
+def dirty_bytes(device: _core.Device, offset: int, length: int) -> int:
+    try:
+        return device.cached_bytes(offset, length)[1]
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+
+
+def test_write_back_is_started_without_waiting_for_the_drive(
+    device: _core.Device, faulty: FaultDevice
+):
+    device.write([(0, b"x" * MIB)], path="pagecache").wait()
+    faulty.add_rule("write", "hold")
+    try:
+        device.write_back(0, MIB)
+        faulty.wait_held(1)
+        waiting = threading.Thread(target=device.write_back, args=(0, MIB, True))
+        waiting.start()
+        waiting.join(0.05)
+        assert waiting.is_alive()
+        assert dirty_bytes(device, 0, MIB)
+    finally:
+        faulty.release()
+    waiting.join()
+    assert dirty_bytes(device, 0, MIB) == 0
+
+
+def test_a_failed_write_back_is_told_to_whoever_waits_and_to_flush(
+    device: _core.Device, faulty: FaultDevice
+):
+    device.write([(MIB, b"x" * MIB)], path="pagecache").wait()
+    faulty.add_rule("write", "EIO")
+    with pytest.raises(DeviceError, match="write back of 1048576 bytes at offset 1048576") as told:
+        device.write_back(MIB, MIB, wait=True)
+    assert told.value.errno == errno.EIO
+    faulty.clear()
+    with pytest.raises(DeviceError, match="flush"):
+        device.flush()
+    device.flush()
+
+
+def test_a_failed_write_back_that_nobody_waited_for_fails_the_flush(
+    device: _core.Device, faulty: FaultDevice
+):
+    device.write([(0, b"x" * MIB)], path="pagecache").wait()
+    faulty.add_rule("write", "EIO")
+    device.write_back(0, MIB)
+    with contextlib.suppress(DeviceError):  # whoever drops the pages may hear of it first
+        device.drop_cached(0, MIB)
+    faulty.clear()
+    with pytest.raises(DeviceError, match="flush"):
+        device.flush()
+
+
+def test_each_member_writes_its_part_back(tmp_path: Path):
+    paths = [tmp_path / f"member{i}" for i in range(3)]
+    for path in paths:
+        path.write_bytes(bytes(MIB))
+    with _core.Device.open(paths, chunk_bytes=CHUNK, stripe_bytes=CHUNK) as device:
+        size = device.info.size
+        device.write([(0, b"x" * size)], path="pagecache").wait()
+        start, stop = CHUNK - 4096, 7 * CHUNK + 4096
+        device.write_back(start, stop - start, wait=True)
+        assert dirty_bytes(device, start, stop - start) == 0
+        assert device.cached_bytes(start, stop - start)[0] == stop - start
+        with pytest.raises(ValueError, match=f"has {size} bytes"):
+            device.write_back(0, size + 1)
