@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import threading
 import uuid
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dualblade import tensor
-from dualblade._core import BLOCK_BYTES, Buffer
+from dualblade.buffer_pool import BufferPool
 from dualblade.errors import ClosedError, DualbladeError
+from dualblade.kvlayer import Layer, Snapshot, reordered
 
 if TYPE_CHECKING:
     from types import TracebackType
 
     from dualblade.store import TensorStore
-    from dualblade.ticket import Ticket
 
 Array = np.ndarray[Any, Any]
 
@@ -32,10 +29,7 @@ GROWING_TOKENS = 1024
 # Layers are read ahead into memory of at most this, or a quarter of the store's budget if less.
 STAGING_BYTES = 64 << 20
 LOOKAHEAD_LAYERS = 2
-# Tokens that a layer which was read ahead can take in before its memory is full.
-SPARE_TOKENS = 16
-# Beams are gathered, and batches rewritten, this much at a time.
-GATHER_BYTES = 1 << 20
+# Batches are rewritten this much at a time.
 REWRITE_BYTES = 8 << 20
 
 
@@ -97,10 +91,10 @@ class KVCache:
         self._max_tokens = _count("max_tokens", max_tokens)
         self._lookahead = None if lookahead is None else _count("lookahead", lookahead, least=0)
         self._staging_bytes = min(STAGING_BYTES, store.memory_budget // 4)
-        self._pool = _BufferPool(self._staging_bytes)
-        self._layers: list[_Layer] = []
+        self._pool = BufferPool(self._staging_bytes)
+        self._layers: list[Layer] = []
         self._generation = 0
-        self._ahead: dict[int, _Snapshot] = {}
+        self._ahead: dict[int, Snapshot] = {}
         self._counts: Counter[str] = Counter()
         try:
             for _ in range(_count("layers", layers, least=0)):
@@ -134,7 +128,7 @@ class KVCache:
                 f"a layer of batch {batch} does not fit a cache of batch {self._batch}: all layers "
                 "hold the same sequences"
             )
-        layer = _Layer(
+        layer = Layer(
             heads=_count("kv_heads", kv_heads),
             dims=(head_dim, head_dim if value_dim is None else _count("value_dim", value_dim)),
             dtype=self._dtype if dtype is None else tensor.dtype_tag(dtype),
@@ -149,7 +143,7 @@ class KVCache:
             self._layers.append(layer)
             return index
 
-    def _reserve(self, layer: _Layer) -> None:
+    def _reserve(self, layer: Layer) -> None:
         suffix = f"~{self._generation}" if self._generation else ""
         layer.keys = (f"{layer.group}/k{suffix}", f"{layer.group}/v{suffix}")
         for key in layer.keys:
@@ -184,7 +178,7 @@ class KVCache:
         """Tokens that this layer has, those before its window included."""
         return self._layer(layer).tokens
 
-    def _layer(self, index: int) -> _Layer:
+    def _layer(self, index: int) -> Layer:
         number = operator.index(index)
         if not 0 <= number < len(self._layers):
             raise IndexError(f"layer {number} of a cache that has {len(self._layers)} layers")
@@ -215,7 +209,7 @@ class KVCache:
             if ahead is not None and not ahead.append(rows, into.tokens):
                 self._drop(layer)
 
-    def _as_rows(self, layer: _Layer, which: int, array: Any) -> Array:
+    def _as_rows(self, layer: Layer, which: int, array: Any) -> Array:
         row_shape = layer.row_shape(which)
         try:
             rows = tensor.as_rows(array, row_shape, layer.dtype)
@@ -223,7 +217,7 @@ class KVCache:
             raise type(error)(f"{'kv'[which]}: {error}") from None
         return tensor.from_bytes(rows.data, rows.shape, rows.dtype)
 
-    def _grow(self, index: int, layer: _Layer, tokens: int) -> None:
+    def _grow(self, index: int, layer: Layer, tokens: int) -> None:
         capacity = layer.capacity
         while capacity < tokens:
             capacity *= 2
@@ -263,9 +257,9 @@ class KVCache:
             self._counts["ahead_used"] += is_ahead
             return found.take(first, source)
 
-    def _start_read(self, layer: _Layer, first: int) -> _Snapshot:
+    def _start_read(self, layer: Layer, first: int) -> Snapshot:
         """Starts reading the tokens from `first` on into memory with room for some more."""
-        snapshot = _Snapshot(self._pool, layer, first)
+        snapshot = Snapshot(self._pool, layer, first)
         snapshot.ticket = self._store.read_many_async(
             [
                 (key, first, layer.tokens, memory[: layer.tokens - first])
@@ -297,9 +291,9 @@ class KVCache:
                 return  # fetch() of that layer will say what is wrong, if it still is
             self._counts["ahead_started"] += 1
 
-    def _fits_staging(self, layer: _Layer, first: int) -> bool:
+    def _fits_staging(self, layer: Layer, first: int) -> bool:
         taken = sum(ahead.nbytes for ahead in self._ahead.values())
-        return taken + _Snapshot.size(layer, first) <= self._staging_bytes
+        return taken + Snapshot.size(layer, first) <= self._staging_bytes
 
     def _drop(self, layer: int) -> None:
         """Forgets what was read ahead, once its memory is nobody's any more."""
@@ -359,7 +353,7 @@ class KVCache:
             for layer, row_map in zip(self._layers, before, strict=True):
                 shared = (id(row_map), layer.tokens)
                 if shared not in made:
-                    made[shared] = _reordered(row_map, layer.tokens, order)
+                    made[shared] = reordered(row_map, layer.tokens, order)
                 layer.row_map = made[shared]
 
     def select_batch(self, index: Sequence[int] | Array) -> None:
@@ -398,7 +392,7 @@ class KVCache:
             self._settle(index)
             self._drop(index)
         self._generation += 1
-        moved: list[_Layer] = []
+        moved: list[Layer] = []
         try:
             for layer in self._layers:
                 new = layer.with_batch(len(order))
@@ -412,7 +406,7 @@ class KVCache:
         self._layers, self._batch = moved, len(order)
         self._store.delete_many(given_up)
 
-    def _copy_rows(self, source: _Layer, target: _Layer, order: Array) -> None:
+    def _copy_rows(self, source: Layer, target: Layer, order: Array) -> None:
         step = max(1, REWRITE_BYTES // (source.row_bytes(0) + source.row_bytes(1)))
         for first in range(0, source.tokens, step):
             part = source.until(min(first + step, source.tokens))
@@ -491,224 +485,3 @@ def _count(name: str, value: Any, least: int = 1) -> int:
     if number < least:
         raise ValueError(f"{name} has to be at least {least}, got {number}")
     return number
-
-
-@dataclass(eq=False)
-class _Layer:
-    """One layer: index 0 of a pair is for its keys, 1 for its values."""
-
-    heads: int
-    dims: tuple[int, int]
-    dtype: str
-    batch: int
-    capacity: int
-    window: int | None
-    group: str = ""
-    keys: tuple[str, str] = ("", "")
-    tokens: int = 0
-    row_map: Array | None = None
-    """[tokens, batch]: the row of the batch that a sequence's token is stored in; None, and the
-    tokens after its last: each in its own row. Never changed in place: layers share it."""
-
-    def row_shape(self, which: int) -> tuple[int, int, int]:
-        return (self.batch, self.heads, self.dims[which])
-
-    def row_bytes(self, which: int) -> int:
-        return math.prod(self.row_shape(which)) * tensor.itemsize(self.dtype)
-
-    def first_token(self) -> int:
-        """The first that a fetch() wants."""
-        return 0 if self.window is None else max(0, self.tokens - self.window)
-
-    def with_batch(self, batch: int) -> _Layer:
-        """An empty layer for the same tokens of another batch."""
-        empty = (self.heads, self.dims, self.dtype, batch, self.capacity, self.window, self.group)
-        return _Layer(*empty)
-
-    def until(self, tokens: int) -> _Layer:
-        """The same layer as if it had only so many tokens."""
-        part = self.with_batch(self.batch)
-        part.keys, part.tokens, part.row_map = self.keys, tokens, self.row_map
-        return part
-
-
-class _Snapshot:
-    """The tokens [first, stop) of a layer in memory, or on their way there, in stored order.
-
-    Tokens appended to the layer later are copied in as well, so that it stays current.
-    """
-
-    ticket: Ticket
-
-    def __init__(self, pool: _BufferPool, layer: _Layer, first: int) -> None:
-        self.first = first
-        self.stop = layer.tokens
-        spans, capacity = self._plan(layer, first)
-        root = pool.lend(spans[-1])
-        self.nbytes = root.nbytes
-        of = tensor.numpy_dtype(layer.dtype)
-        self.memory = [
-            # As far into a block as the stored rows start: direct I/O then needs no copying.
-            np.ndarray(
-                (capacity, *layer.row_shape(which)),
-                of,
-                buffer=root,
-                offset=spans[which] + first * layer.row_bytes(which) % BLOCK_BYTES,
-            )
-            for which in (0, 1)
-        ]
-
-    @staticmethod
-    def _plan(layer: _Layer, first: int) -> tuple[tuple[int, int, int], int]:
-        """Where keys and values start and the latter end, and the tokens there is room for."""
-        capacity = layer.tokens - first + SPARE_TOKENS
-        spans = [0]
-        for which in (0, 1):
-            row_bytes = layer.row_bytes(which)
-            end = first * row_bytes % BLOCK_BYTES + capacity * row_bytes
-            spans.append(spans[-1] + -(-end // BLOCK_BYTES) * BLOCK_BYTES)
-        return (spans[0], spans[1], spans[2]), capacity
-
-    @classmethod
-    def size(cls, layer: _Layer, first: int) -> int:
-        """The bytes that one takes."""
-        return _BufferPool.lent_size(cls._plan(layer, first)[0][-1])
-
-    def serves(self, first: int, stop: int) -> bool:
-        return self.first <= first and self.stop == stop
-
-    def append(self, rows: list[Array], stop: int) -> bool:
-        """Takes in what was just appended; False if it can't be current any more."""
-        count = len(rows[0])
-        at = self.stop - self.first
-        if self.stop + count != stop or at + count > len(self.memory[0]):
-            return False
-        for memory, new in zip(self.memory, rows, strict=True):
-            memory[at : at + count] = new
-        self.stop = stop
-        return True
-
-    def truncate(self, tokens: int) -> bool:
-        """False if nothing of it is left. Not while it is being read."""
-        self.stop = min(self.stop, tokens)
-        return self.first < self.stop
-
-    def fails(self) -> bool:
-        """Waits until it is read; True if that went wrong."""
-        try:
-            self.ticket.result()
-        except (DualbladeError, OSError):
-            return True
-        return False
-
-    def take(self, first: int, layer: _Layer) -> tuple[Array, Array]:
-        """The tokens from `first` on as the caller is to see them: each sequence in its row."""
-        wanted = slice(first - self.first, self.stop - self.first)
-        keys, values = (memory[wanted] for memory in self.memory)
-        if layer.row_map is not None:
-            for memory in (keys, values):
-                _gather(memory, layer.row_map[first : self.stop])
-        return keys, values
-
-
-def _reordered(row_map: Array | None, tokens: int, order: Array) -> Array | None:
-    """The row map after the batch was reordered; None if each row is in its own place."""
-    result = np.empty((tokens, len(order)), np.int32)
-    mapped = 0 if row_map is None else len(row_map)
-    if row_map is not None:
-        np.take(row_map, order, axis=1, out=result[:mapped], mode="clip")
-    result[mapped:] = order
-    return None if (result == np.arange(len(order))).all() else result
-
-
-def _gather(memory: Array, row_map: Array) -> None:
-    """Puts the rows of the first tokens in the order of row_map [tokens, batch], in place."""
-    if len(row_map) == 0:
-        return
-    batch = memory.shape[1]
-    rows = np.ndarray((len(memory) * batch, memory[:1, 0].nbytes), np.uint8, buffer=memory)
-    step = max(1, GATHER_BYTES // (batch * rows.shape[1]))
-    for first in range(0, len(row_map), step):
-        part = row_map[first : first + step]
-        stored_in = (np.arange(len(part)) * batch)[:, None] + part
-        block = rows[first * batch : (first + len(part)) * batch]
-        block[:] = block.take(stored_in.ravel(), axis=0)
-
-
-class _BufferPool:
-    """Page-aligned memory that is lent out as arrays and comes back when their last view is gone.
-
-    Sizes are rounded up by at most an eighth, so that a cache which grows by a token a step finds
-    the same memory again, its pages already there. At most `idle_limit` bytes wait to be used, or
-    one buffer if that is larger: without it a step would need as much all the same.
-    """
-
-    def __init__(self, idle_limit: int) -> None:
-        self._idle_limit = idle_limit
-        self._idle: list[Buffer] = []  # the longest unused first
-        self._lent: dict[int, _Loan] = {}
-        # Reentrant: an array may die anywhere, also in this thread while it holds the lock.
-        self._lock = threading.RLock()
-        self._is_closed = False
-
-    @property
-    def idle_bytes(self) -> int:
-        return sum(map(len, self._idle.copy()))
-
-    @property
-    def lent_bytes(self) -> int:
-        return sum(len(loan.buffer) for loan in self._lent.copy().values())
-
-    @staticmethod
-    def lent_size(size: int) -> int:
-        """What a request for so many bytes is rounded up to."""
-        step = max(BLOCK_BYTES, 1 << max(0, size.bit_length() - 4))
-        return -(-size // step) * step
-
-    def lend(self, size: int) -> Array:
-        """An array of bytes, at least so many. Raises MemoryError."""
-        length = self.lent_size(size)
-        buffer = self._take_idle(length) or Buffer(length)
-        # Every view that is ever made of this array refers to it: numpy goes no further back than
-        # to the array whose memory belongs to something else.
-        root = np.frombuffer(buffer, np.uint8)
-        loan = _Loan(root, self._take_back)
-        loan.buffer = buffer
-        self._lent[id(loan)] = loan
-        return root
-
-    def _take_idle(self, length: int) -> Buffer | None:
-        with self._lock:
-            for buffer in reversed(self._idle.copy()):
-                if len(buffer) == length:
-                    try:
-                        self._idle.remove(buffer)
-                    except ValueError:
-                        continue  # an array died just now, and made this one too many
-                    return buffer
-            # A cache that has grown asks for more than it did and will not ask for less again:
-            # what is idle and smaller goes before new memory is taken, not after.
-            self._idle = [buffer for buffer in self._idle if len(buffer) > length]
-            return None
-
-    def _take_back(self, loan: _Loan) -> None:
-        with self._lock:
-            del self._lent[id(loan)]
-            if self._is_closed:
-                return
-            self._idle.append(loan.buffer)
-            while len(self._idle) > 1 and self.idle_bytes > self._idle_limit:
-                self._idle.pop(0)
-
-    def close(self) -> None:
-        """Lets go of what is idle; what is lent goes when it comes back."""
-        with self._lock:
-            self._is_closed = True
-            self._idle.clear()
-
-
-class _Loan(weakref.ref):  # type: ignore[type-arg]
-    """Says when the array is gone, and which buffer it used."""
-
-    __slots__ = ("buffer",)
-    buffer: Buffer

@@ -20,6 +20,8 @@ LAYERS = (
     {"cli", "integrations"},
     {"__init__"},
     {"kvcache", "opening"},
+    {"kvlayer"},  # this and the next line are KVCache's parts
+    {"buffer_pool"},
     {"store"},
     {"rebinding"},  # this and the next three lines are the store's parts
     {"transfer"},
