@@ -31,7 +31,8 @@ LAYERS = (
     {"entry"},
     {"safety"},
     {"paths", "memory", "gpu", "header"},
-    {"_core", "tensor"},
+    {"cgroups"},
+    {"_core", "tensor", "kernelfile"},
     {"errors"},
 )
 LEVEL = {name: level for level, names in enumerate(reversed(LAYERS)) for name in names}

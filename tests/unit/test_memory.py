@@ -1,20 +1,16 @@
-"""Memory: sizes as people write them, and the limits of machine and cgroups as the kernel says."""
-
-import contextlib
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Sizes as people write them, and the budget that a store starts with."""
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dualblade import memory
+from tests.memory_tree import GIB, MIB, Tree
 
-GIB = 1 << 30
-MIB = 1 << 20
-NO_LIMIT = 9223372036854771712
+
+@pytest.fixture
+def tree(tmp_path):
+    return Tree(tmp_path)
 
 
 # ---- sizes --------------------------------------------------------------------------------------
@@ -91,135 +87,6 @@ def test_sizes_are_short(size, text):
     assert memory.format_size(size) == text
 
 
-# ---- recorded trees -----------------------------------------------------------------------------
-
-
-class Tree:
-    """A directory that looks like / to the reader."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.meminfo(total=16 * GIB, available=12 * GIB)
-
-    def write(self, path: str, text: str) -> None:
-        target = self.root / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text)
-
-    def meminfo(self, total: int, available: int) -> None:
-        self.write(
-            "proc/meminfo",
-            f"MemTotal:       {total // 1024} kB\nMemFree:        1000 kB\n"
-            f"MemAvailable:   {available // 1024} kB\nHugePages_Total:       0\n",
-        )
-
-    def v1(self, path: str, limit: int, rss: int, shmem: int = 0) -> None:
-        base = f"sys/fs/cgroup/memory{path}"
-        self.write(f"{base}/memory.limit_in_bytes", f"{limit}\n")
-        self.write(f"{base}/memory.usage_in_bytes", f"{rss + 5 * MIB}\n")
-        self.write(
-            f"{base}/memory.stat",
-            f"cache 1\nrss 1\ntotal_cache {5 * MIB}\ntotal_rss {rss}\ntotal_shmem {shmem}\n"
-            f"hierarchical_memory_limit {limit}\n",
-        )
-
-    def v2(self, path: str, anon: int, **files: object) -> None:
-        base = f"sys/fs/cgroup{path}"
-        for name, value in files.items():
-            self.write(f"{base}/memory.{name}", f"{value}\n")
-        self.write(
-            f"{base}/memory.stat",
-            f"anon {anon}\nfile {5 * MIB}\nshmem 1000\nkernel_stack 200\npagetables 30\n"
-            "slab_reclaimable 77777\nslab_unreclaimable 4\n",
-        )
-
-    def limits(self) -> memory.MemoryReport:
-        return memory.limits(self.root)
-
-
-@pytest.fixture
-def tree(tmp_path):
-    return Tree(tmp_path)
-
-
-V2_REST = 1000 + 200 + 30 + 4
-
-
-def test_without_a_cgroup_the_machine_is_the_limit(tree):
-    report = tree.limits()
-    assert (report.total_bytes, report.available_bytes) == (16 * GIB, 12 * GIB)
-    assert (report.cgroup_version, report.cgroup_path) == (0, "")
-    assert report.cgroup_limit_bytes is None
-    assert report.budget_bytes == 12 * GIB
-
-
-def test_the_least_of_all_version_1_ancestors_counts(tree):
-    tree.write("proc/self/cgroup", "5:cpu:/\n4:memory:/pod/box\n1:name=systemd:/x\n")
-    tree.v1("", NO_LIMIT, 9 * GIB)
-    tree.v1("/pod", 2 * GIB, rss=GIB, shmem=100 * MIB)
-    tree.v1("/pod/box", 3 * GIB // 2, rss=200 * MIB, shmem=50 * MIB)
-    report = tree.limits()
-    assert report.cgroup_version == 1
-    assert report.cgroup_path == str(tree.root / "sys/fs/cgroup/memory/pod/box")
-    assert report.cgroup_limit_bytes == 3 * GIB // 2
-    assert report.cgroup_anon_bytes == 250 * MIB
-    assert report.cgroup_usage_bytes == 205 * MIB
-    # The pod has the larger limit but its other members leave less of it.
-    assert report.budget_bytes == 2 * GIB - GIB - 100 * MIB
-
-
-def test_on_a_hybrid_host_the_version_1_memory_controller_counts(tree):
-    tree.write("proc/self/cgroup", "4:cpu,memory:/box\n0::/\n")
-    tree.v1("/box", GIB, rss=MIB)
-    tree.write("sys/fs/cgroup/unified/cgroup.controllers", "hugetlb\n")
-    report = tree.limits()
-    assert (report.cgroup_version, report.cgroup_limit_bytes) == (1, GIB)
-    assert report.budget_bytes == GIB - MIB
-
-
-def test_version_2_counts_max_high_and_the_kernels_own_memory(tree):
-    tree.write("proc/self/cgroup", "0::/user/app\n")
-    tree.write("sys/fs/cgroup/memory.stat", "anon 1\n")  # the root has no limit files
-    tree.v2("/user", anon=20 * MIB, max="max", high="max", current=30 * MIB)
-    tree.v2("/user/app", anon=10 * MIB, max=GIB, high=512 * MIB, current=16 * MIB)
-    report = tree.limits()
-    assert report.cgroup_version == 2
-    assert report.cgroup_limit_bytes == 512 * MIB
-    assert report.cgroup_usage_bytes == 16 * MIB
-    assert report.cgroup_anon_bytes == 10 * MIB + V2_REST
-    assert report.budget_bytes == 512 * MIB - 10 * MIB - V2_REST
-
-
-def test_a_container_that_sees_only_its_own_part_of_the_tree(tree):
-    tree.write("proc/self/cgroup", "4:memory:/docker/abc\n")
-    tree.write(
-        "proc/self/mountinfo",
-        "35 31 0:32 / /sys/fs/cgroup/cpu ro - cgroup cgroup rw,cpu\n"
-        "36 31 0:33 /docker/abc /sys/fs/cgroup/my\\040memory ro - cgroup cgroup rw,memory\n",
-    )
-    tree.v1("/unused", 1, 0)
-    for name, text in {
-        "limit_in_bytes": GIB,
-        "usage_in_bytes": MIB,
-        "stat": f"total_rss {MIB}",
-    }.items():
-        tree.write(f"sys/fs/cgroup/my memory/memory.{name}", f"{text}\n")
-    assert tree.limits().budget_bytes == GIB - MIB
-
-
-@pytest.mark.parametrize("path", ["/../../host/app", "/gone/app", "/"])
-def test_a_path_of_another_namespace_falls_back_to_what_is_there(tree, path):
-    tree.write("proc/self/cgroup", f"0::{path}\n")
-    tree.v2("", anon=MIB, max=GIB, current=2 * MIB)
-    assert tree.limits().budget_bytes == GIB - MIB - V2_REST
-
-
-def test_memory_over_the_limit_leaves_nothing_but_not_less(tree):
-    tree.write("proc/self/cgroup", "0::/\n")
-    tree.v2("", anon=2 * GIB, max=GIB, current=GIB)
-    assert tree.limits().budget_bytes == 0
-
-
 # ---- budgets ------------------------------------------------------------------------------------
 
 
@@ -252,65 +119,3 @@ def test_a_size_beyond_the_machine_or_its_cgroup_is_refused(tree):
 def test_a_size_too_small_for_one_transfer_is_refused(tree, size):
     with pytest.raises(ValueError, match=r"policy='direct'"):
         memory.page_cache_budget(size, 0, root=tree.root)
-
-
-# ---- this machine -------------------------------------------------------------------------------
-
-
-def test_this_machine_has_memory():
-    report = memory.limits()
-    with open("/proc/meminfo") as meminfo:
-        total = int(next(line for line in meminfo if line.startswith("MemTotal:")).split()[1])
-    assert report.total_bytes == total * 1024
-    assert 0 < report.available_bytes <= report.total_bytes
-    assert 0 <= report.budget_bytes <= report.available_bytes
-
-
-REPORT_FROM_INSIDE = """
-import os, sys
-sys.path[:0] = {path!r}
-with open({procs!r}, "w") as procs:
-    procs.write(str(os.getpid()))
-held = bytearray(b"x") * ({held} * 1024 * 1024)
-from dualblade import memory
-report = memory.limits()
-print(report.cgroup_limit_bytes, report.cgroup_anon_bytes, report.budget_bytes)
-"""
-
-
-@contextlib.contextmanager
-def real_cgroup(limit_bytes):
-    """A new cgroup below the process's own, with a memory limit."""
-    here = memory.limits()
-    if not here.cgroup_version:
-        pytest.skip("no memory cgroup is mounted here")
-    path = Path(here.cgroup_path, f"dualblade-test-{os.getpid()}")
-    knob = {1: "memory.limit_in_bytes", 2: "memory.max"}[here.cgroup_version]
-    try:
-        path.mkdir()
-    except OSError as error:
-        pytest.skip(f"no cgroup can be made below {path.parent}: {error}")
-    try:
-        try:
-            (path / knob).write_text(str(limit_bytes))
-        except OSError as error:
-            pytest.skip(f"the memory controller is not given to {path.parent}: {error}")
-        yield path
-    finally:
-        path.rmdir()
-
-
-def test_a_real_cgroup_is_found_and_counted():
-    limit, held = 256 * MIB, 64
-    with real_cgroup(limit) as path:
-        code = REPORT_FROM_INSIDE.format(
-            path=[entry for entry in sys.path if entry], procs=str(path / "cgroup.procs"), held=held
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-    found_limit, anon, budget = map(int, done.stdout.split())
-    assert found_limit == limit
-    assert held * MIB <= anon < limit
-    assert budget == limit - anon

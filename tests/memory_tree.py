@@ -1,0 +1,133 @@
+"""Recorded /proc and /sys trees for what reads memory limits, and real memory cgroups."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from dualblade import memory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+GIB = 1 << 30
+MIB = 1 << 20
+PAGE = os.sysconf("SC_PAGE_SIZE")
+NO_LIMIT = 9223372036854771712
+
+
+class Tree:
+    """A directory that looks like / to the reader."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.meminfo(total=16 * GIB, available=12 * GIB)
+
+    def write(self, path: str, text: str) -> None:
+        """The file keeps its identity, as those of the kernel do."""
+        target = self.root / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text)
+
+    def meminfo(self, total: int, available: int, mapped: int = 0, shmem: int = 0) -> None:
+        self.write(
+            "proc/meminfo",
+            f"MemTotal:       {total // 1024} kB\nMemFree:        1000 kB\n"
+            f"MemAvailable:   {available // 1024} kB\nDirty:              24 kB\n"
+            f"Writeback:           8 kB\nMapped:         {mapped // 1024} kB\n"
+            f"Shmem:          {shmem // 1024} kB\nHugePages_Total:       0\n",
+        )
+
+    def status(self, file: int = 0, **fields: int) -> None:
+        """`Name` is what a process calls itself: anything."""
+        self.write(
+            "proc/self/status",
+            "Name:\tRssFile: 7 kB\nUmask:\t0022\n"
+            + "".join(f"{name}:\t{value // 1024:8} kB\n" for name, value in fields.items())
+            + f"RssFile:\t{file // 1024:8} kB\nThreads:\t1\n",
+        )
+
+    def psi(self, path: str, total_us: int) -> None:
+        self.write(
+            path,
+            f"some avg10=0.00 avg60=0.00 avg300=1.25 total={total_us}\n"
+            "full avg10=0.00 avg60=0.00 avg300=0.00 total=9\n",
+        )
+
+    def v1(
+        self, path: str, limit: int, rss: int, shmem: int = 0, above: int | None = None, **more: int
+    ) -> None:
+        """`above` is the least limit from here up; `more`: kernel, failcnt, and fields of
+        memory.stat."""
+        base = f"sys/fs/cgroup/memory{path}"
+        self.write(f"{base}/memory.limit_in_bytes", f"{limit}\n")
+        self.write(f"{base}/memory.usage_in_bytes", f"{rss + 5 * MIB}\n")
+        for name, file in (("kernel", "kmem.usage_in_bytes"), ("failcnt", "failcnt")):
+            if name in more:
+                self.write(f"{base}/memory.{file}", f"{more.pop(name)}\n")
+        self.write(
+            f"{base}/memory.stat",
+            f"cache 1\nrss 1\nshmem 2\ntotal_cache {5 * MIB + shmem}\ntotal_rss {rss}\n"
+            f"total_rss_huge 7\ntotal_shmem {shmem}\n"
+            + "".join(f"{name} 1\ntotal_{name} {value}\n" for name, value in more.items())
+            + f"hierarchical_memory_limit {limit if above is None else above}\n",
+        )
+
+    def v2(self, path: str, anon: int, stat: str = "", **files: object) -> None:
+        base = f"sys/fs/cgroup{path}"
+        for name, value in files.items():
+            self.write(f"{base}/memory.{name.replace('__', '.')}", f"{value}\n")
+        self.write(
+            f"{base}/memory.stat",
+            f"anon {anon}\nfile {5 * MIB}\nshmem 1000\nkernel_stack 200\npagetables 30\n"
+            f"slab_reclaimable 77777\nslab_unreclaimable 4\n{stat}",
+        )
+
+    def limits(self) -> memory.MemoryReport:
+        return memory.limits(self.root)
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[memory.MemoryWatch]:
+        with memory.MemoryWatch(self.root) as opened:
+            yield opened
+
+
+V2_REST = 1000 + 200 + 30 + 4  # of what Tree.v2 writes, what can't be reclaimed besides anon
+
+
+@contextlib.contextmanager
+def real_cgroup(limit_bytes: int, name: str = "") -> Iterator[Path]:
+    """A new cgroup below the process's own, with a memory limit."""
+    here = memory.limits()
+    if not here.cgroup_version:
+        pytest.skip("no memory cgroup is mounted here")
+    path = Path(here.cgroup_path, f"dualblade-test-{os.getpid()}{name}")
+    knob = {1: "memory.limit_in_bytes", 2: "memory.max"}[here.cgroup_version]
+    try:
+        path.mkdir()
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made below {path.parent}: {error}")
+    try:
+        try:
+            (path / knob).write_text(str(limit_bytes))
+        except OSError as error:
+            pytest.skip(f"the memory controller is not given to {path.parent}: {error}")
+        yield path
+    finally:
+        path.rmdir()
+
+
+def run_inside(group: Path, program: str, *arguments: object) -> str:
+    """What a Python program prints that runs in this cgroup."""
+    join = f"import sys\nsys.path[:0] = {[entry for entry in sys.path if entry]!r}\n"
+    join += f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')\n"
+    command = [sys.executable, "-c", join + program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
