@@ -1,4 +1,4 @@
-"""Putting this process into a memory cgroup of its own, of version 1 or 2, and out of it again."""
+"""Making memory cgroups of version 1 or 2, and putting this process into one and out again."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ def least_bytes() -> int:
 
 
 @contextlib.contextmanager
-def limited(limit_bytes: int, root: str | Path = "/") -> Iterator[Path]:
-    """The process's memory from now on, page cache included, is at most `limit_bytes`.
+def memory_group(
+    limit_bytes: int, root: str | Path = "/", name: str = "dualblade"
+) -> Iterator[Path]:
+    """A new memory cgroup of `limit_bytes`, page cache included; its directory. Nobody is in it
+    yet: whoever is to be writes its process id into "cgroup.procs". It is removed at the end, when
+    its processes have ended.
 
-    What it has already stays charged where it is. At the end it goes back to the group it came
-    from. Yields the group's directory. Raises UnsupportedError where a group can't be made.
+    Raises UnsupportedError where a group can't be made.
     """
     before = limits(root)
     if before.cgroup_version == 0:
         raise _refused(limit_bytes, "no memory cgroup can be seen here")
     own = Path(before.cgroup_path)
     try:
-        group = _make_group(own, before.cgroup_version)
+        group = _make_group(own, before.cgroup_version, f"{name}-{os.getpid()}")
         try:
-            name = "memory.limit_in_bytes" if before.cgroup_version == 1 else "memory.max"
-            (group / name).write_text(str(limit_bytes))
+            set_limit(group, limit_bytes)
             _forbid_swap(group)
-            _join(group)
         except OSError:
             group.rmdir()
             raise
@@ -48,7 +49,34 @@ def limited(limit_bytes: int, root: str | Path = "/") -> Iterator[Path]:
     try:
         yield group
     finally:
-        _leave(group, own)
+        _remove(group)
+
+
+@contextlib.contextmanager
+def limited(limit_bytes: int, root: str | Path = "/") -> Iterator[Path]:
+    """The process's memory from now on, page cache included, is at most `limit_bytes`.
+
+    What it has already stays charged where it is. At the end it goes back to the group it came
+    from. Yields the group's directory. Raises UnsupportedError where a group can't be made.
+    """
+    own = Path(limits(root).cgroup_path)
+    with memory_group(limit_bytes, root, "dualblade-fio") as group:
+        try:
+            _join(group)
+        except OSError as error:
+            raise _refused(limit_bytes, f"{error.strerror} ({group})") from error
+        try:
+            yield group
+        finally:
+            with contextlib.suppress(OSError):
+                _join(own)
+
+
+def set_limit(group: Path, limit_bytes: int) -> None:
+    """Changes the limit of a group, of either version. Raises OSError, as where the kernel can't
+    reclaim what is over a lower one."""
+    is_v1 = (group / "memory.limit_in_bytes").exists()
+    (group / ("memory.limit_in_bytes" if is_v1 else "memory.max")).write_text(str(limit_bytes))
 
 
 def _refused(limit_bytes: int, why: str) -> UnsupportedError:
@@ -58,10 +86,9 @@ def _refused(limit_bytes: int, why: str) -> UnsupportedError:
     )
 
 
-def _make_group(own: Path, version: int) -> Path:
+def _make_group(own: Path, version: int, name: str) -> Path:
     """Version 2: a group that has processes hands its controllers to no child, so the new one is a
     sibling where that can be, and a child in the root alone."""
-    name = f"dualblade-fio-{os.getpid()}"
     if version == 1:
         group = own / name
         group.mkdir()
@@ -89,10 +116,9 @@ def _join(group: Path) -> None:
     (group / "cgroup.procs").write_text(str(os.getpid()))
 
 
-def _leave(group: Path, own: Path) -> None:
+def _remove(group: Path) -> None:
     """Threads that are just ending keep the group busy for a moment."""
     with contextlib.suppress(OSError):
-        _join(own)
         deadline = time.monotonic() + _LEAVE_S
         while True:
             try:
