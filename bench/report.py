@@ -145,3 +145,51 @@ def plot(path: str, title: str, panels: Sequence[Panel]) -> None:
         axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title, fontsize="small")
     figure.savefig(path, dpi=110)
+
+
+class Lines:
+    """One chart of lines: for each series (a contender) its figures over a number."""
+
+    def __init__(self, title: str, over: str, unit: str) -> None:
+        self.title = title
+        self.over = over
+        self.unit = unit
+        self.series: dict[str, dict[float, Spread]] = {}
+        self.dashed: set[str] = set()
+
+    def add(self, series: str, at: float, figures: Spread, *, dashed: bool = False) -> None:
+        """A point of a line."""
+        self.series.setdefault(series, {})[at] = figures
+        if dashed:
+            self.dashed.add(series)
+
+
+def plot_lines(path: str, title: str, panels: Sequence[Lines]) -> None:
+    """Draws the charts, two in a row; whiskers are the least and the most."""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // 2)
+    figure = Figure(figsize=(15, 5.5 * rows + 0.5), layout="constrained")
+    axes = figure.subplots(rows, 2, squeeze=False)
+    for panel, axis in zip(panels, axes.flat, strict=False):
+        for name, points in panel.series.items():
+            places = sorted(points)
+            medians = [points[at]["median"] for at in places]
+            whiskers = [
+                [points[at]["median"] - points[at]["min"] for at in places],
+                [points[at]["max"] - points[at]["median"] for at in places],
+            ]
+            if name in panel.dashed:
+                axis.plot(places, medians, "k--", label=name)
+            else:
+                axis.errorbar(
+                    places, medians, whiskers, label=name, marker="o", ms=4, elinewidth=0.8
+                )
+        axis.set_xlabel(panel.over)
+        axis.set_ylabel(panel.unit)
+        axis.set_title(panel.title)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.suptitle(title, fontsize="small")
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,288 @@
+"""Measures decoding under memory limits: dualblade beside the paper, page cache and O_DIRECT."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import budget_report
+import engine
+import floor
+import lockstep
+import machine
+import report
+from policies import LIVE, POLICIES, SHAPES, Job
+
+import dualblade
+from dualblade.errors import UnsupportedError
+from dualblade.memory import format_size, parse_size
+
+DESCRIPTION = """\
+Prefill, and milliseconds per decode step, under memory limits from 25 % to 150 % of the keys and
+values: np.memmap, posix_fadvise, buffered pread, O_DIRECT, the paper's static split, dualblade.
+Each step reads every layer whole and appends a token. Each policy runs in a process and a memory
+cgroup of its own, in turn on one file, beside the floor: max((KV - X) / B, X / C).
+"""
+EXAMPLES = """\
+examples:
+  sudo python bench/budget.py                              2 GiB on a new file in this directory
+  sudo python bench/budget.py --file /mnt/nvme/kv.img --json budget.json --plot budget.png
+  sudo python bench/budget.py --budgets 87 --policies memmap,live-spread --rounds 3
+  sudo python bench/budget.py --shape both --check         exits 1 where a target is missed
+  sudo python bench/budget.py --quick                      does it run? Its figures mean little
+
+A control group with the memory controller is needed, of version 1 or 2: root, or a delegated one.
+fio gives the floor (apt install fio). bench/README.md says what is measured, and how.
+"""
+BUDGETS = (25, 37, 62, 87, 112, 137)
+COPY_BYTES = 1 << 30
+SPARE_BYTES = 32 << 20
+"""Of the file: what a store keeps for itself."""
+
+
+# ---- one policy under one limit ------------------------------------------------------------------
+
+
+class Bench:
+    """The file, what is measured on it between the policies, and the options."""
+
+    def __init__(self, path: str, options: argparse.Namespace, state: str) -> None:
+        self.path = path
+        self.options = options
+        self.drive = floor.Drive(path, options.kv // 2)
+        layer_bytes = options.kv // options.layers
+        size = min(COPY_BYTES, options.kv // 2)
+        self.copy = floor.Copy(os.path.join(state, "copy"), size, layer_bytes)
+        self.drive_rates: list[float] = []
+        self.copy_rates: list[float] = []
+        report.progress("fio: which block size reads fastest")
+        self.drive.calibrate()
+
+    def job(self, shape: str, percent: int, policy: str) -> Job:
+        """So many tokens that the KV has its size in the middle of the measured steps."""
+        options = self.options
+        row_bytes = SHAPES[shape].row_bytes
+        tokens = options.kv // (2 * options.layers * row_bytes)
+        steps = options.warmup + options.steps + 2  # two run in again after a probe
+        prompt = max(1, tokens - steps + options.steps // 2)
+        limit_bytes = options.kv * percent // 100 // 4096 * 4096
+        return Job(
+            policy, self.path, shape, options.layers, prompt + steps, prompt, limit_bytes, ""
+        )
+
+    def measure(self, job: Job) -> dict[str, Any]:
+        """All about one policy under one limit; an error is part of it."""
+        row: dict[str, Any] = {"error": None}
+        self._probe_copy()
+        try:
+            with lockstep.decoding(job) as child:
+                row["interpreter_bytes"] = child.interpreter_bytes
+                row["consumer_bytes"] = job.consumer_bytes
+                self._decode(job, child, row)
+                row["group"] = child.group_counts()
+        except (lockstep.PolicyError, OSError) as error:
+            row["error"] = str(error)
+        return row
+
+    def _decode(self, job: Job, child: lockstep.Decode, row: dict[str, Any]) -> None:
+        paper_bytes = floor.paper_room(job, child.interpreter_bytes)
+        row["prefill"] = child.ask("prefill", room_bytes=paper_bytes)
+        for _ in range(self.options.warmup):
+            child.ask("step")
+        child.ask("settle")
+        probes = [self.drive.probe()]
+        steps: list[dict[str, Any]] = []
+        half = -(-self.options.steps // 2)
+        for count in (half, self.options.steps - half):
+            child.ask("step")  # what was read ahead during the probe would flatter the first
+            steps += [child.ask("step") for _ in range(count)]
+            probes.append(self.drive.probe())
+        row["steps"] = steps
+        row["stats"] = child.ask("end")["stats"]
+        self._probe_copy()
+        rates = [rate for rate in probes if rate is not None]
+        self.drive_rates += rates
+        kv_bytes = statistics.median(step["kv_bytes"] for step in steps)
+        room_bytes = floor.room(job, child.interpreter_bytes, kv_bytes)
+        row |= {
+            "kv_bytes": kv_bytes,
+            "room_bytes": room_bytes,
+            "drive_bytes_per_s": statistics.median(rates) if rates else None,
+            "copy_bytes_per_s": max(self.copy_rates[-2:]),
+        }
+        row["floor_ms"] = floor.step_ms(
+            kv_bytes, room_bytes, row["drive_bytes_per_s"], row["copy_bytes_per_s"]
+        )
+
+    def _probe_copy(self) -> None:
+        self.copy_rates.append(self.copy.probe())
+
+    def run(self) -> list[dict[str, Any]]:
+        """Each policy in turn, under each limit, in each round."""
+        options = self.options
+        rows = []
+        begin = time.monotonic()
+        plan = [
+            (number, shape, percent, policy)
+            for number in range(options.rounds)
+            for shape in options.shapes
+            for percent in options.budgets
+            for policy in options.policies
+        ]
+        for done, (number, shape, percent, policy) in enumerate(plan):
+            minutes = (time.monotonic() - begin) / 60
+            left = f", {minutes / done * (len(plan) - done):.0f} min left" if done else ""
+            report.progress(
+                f"{done + 1}/{len(plan)}: {shape}, {percent} %, {POLICIES[policy].label}, round "
+                f"{number + 1}; {minutes:.1f} min{left}"
+            )
+            job = self.job(shape, percent, policy)
+            about = {
+                "shape": shape,
+                "percent": percent,
+                "policy": policy,
+                "round": number,
+                "limit_bytes": job.limit_bytes,
+            }
+            rows.append(about | self.measure(job))
+        report.progress("")
+        return rows
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; exits with one line if they make no sense."""
+    parser = argparse.ArgumentParser(
+        prog="bench/budget.py",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_workload_options(parser)
+    parser.add_argument("--shape", default="llama", choices=[*SHAPES, "both"], help="of the model")
+    parser.add_argument(
+        "--budgets", help=f"percent of the KV ({','.join(map(str, BUDGETS))})", metavar="N,N"
+    )
+    parser.add_argument("--policies", default="all", help="all, or names: " + ", ".join(POLICIES))
+    parser.add_argument("--steps", type=report.positive, help="measured in each process (6)")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
+    report.add_options(parser, rounds=1)
+    options = parser.parse_args(arguments)
+    options.shapes = list(SHAPES) if options.shape == "both" else [options.shape]
+    quick = options.quick
+    options.budgets = numbers(parser, options.budgets or ("90" if quick else None))
+    options.steps = options.steps or (2 if quick else 6)
+    finish_workload_options(parser, options)
+    wanted = list(POLICIES) if options.policies == "all" else options.policies.split(",")
+    if unknown := [name for name in wanted if name not in POLICIES]:
+        parser.error(f"--policies: {unknown[0]!r} is unknown; there are {', '.join(POLICIES)}")
+    options.policies = wanted
+    steps = options.warmup + options.steps + 2
+    for shape in options.shapes:
+        if options.kv < 2 * steps * 2 * options.layers * SHAPES[shape].row_bytes:
+            parser.error(f"--kv {format_size(options.kv)} are too few tokens of {shape}: give more")
+    return options
+
+
+def add_workload_options(parser: argparse.ArgumentParser) -> None:
+    """Of every benchmark that decodes on a file."""
+    parser.add_argument(
+        "--file", default="dualblade-bench.img", help="a new file, or with --overwrite any"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="the file's content may go")
+    parser.add_argument("--kv", type=parse_size, help="keys and values of all layers (2GiB)")
+    parser.add_argument("--layers", type=report.positive, help="of the model (32)")
+    parser.add_argument("--warmup", type=report.positive, help="steps before the measured ones (4)")
+
+
+def finish_workload_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Their defaults, and what makes no sense."""
+    quick = options.quick
+    options.kv = options.kv or (256 << 20 if quick else 2 << 30)
+    options.layers = options.layers or (8 if quick else 32)
+    options.warmup = options.warmup or (2 if quick else 4)
+    options.rounds = 1 if quick else options.rounds
+    options.size = (options.kv * 5 // 4 + SPARE_BYTES) // 4096 * 4096
+    if options.kv < 64 << 20:
+        parser.error("--kv is 64MiB or more: an interpreter alone takes half of that")
+    if options.plot and (problem := report.plot_error()):
+        parser.error(problem)
+
+
+def numbers(parser: argparse.ArgumentParser, text: str | None) -> list[int]:
+    """Percentages, each once, from small to large."""
+    if text is None:
+        return list(BUDGETS)
+    words = text.split(",")
+    if not all(word.isdigit() and 1 <= int(word) <= 1000 for word in words):
+        parser.error(f"--budgets: {text!r} is no list of percentages such as 37,62,87")
+    return sorted({int(word) for word in words})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    options = parse(arguments)
+    try:
+        with lockstep.memory_group(1 << 30, name="dualblade-bench"):
+            pass
+    except UnsupportedError as error:
+        print(f"bench/budget.py: {error}", file=sys.stderr)
+        return 1
+    with (
+        engine.target(options) as path,
+        tempfile.TemporaryDirectory(
+            dir=Path(path).parent if Path(path).is_file() else None
+        ) as state,
+    ):
+        os.environ["DUALBLADE_STATE_DIR"] = state  # where a store on a device keeps its index
+        where = machine.describe(path)
+        bench = Bench(path, options, state)
+        try:
+            rows = bench.run()
+        finally:
+            bench.copy.close()
+            lockstep.forget_catalog(path)
+    found = budget_report.summarise(rows)
+    targets = budget_report.targets(found, live_policy())
+    document = {
+        "benchmark": "budget",
+        "dualblade": dualblade.__version__,
+        "machine": where,
+        "kv_bytes": options.kv,
+        "layers": options.layers,
+        "warmup_steps": options.warmup,
+        "measured_steps": options.steps,
+        "rounds": options.rounds,
+        "bandwidth": floor.bandwidths(bench.drive, bench.drive_rates, bench.copy_rates),
+        "rows": found,
+        "targets": targets,
+        "runs": rows,
+    }
+    heads = [
+        machine.summary(where),
+        f"KV {format_size(options.kv)} in {options.layers} layers; medians of {options.steps} "
+        f"steps after {options.warmup}, {options.rounds} round(s)",
+    ]
+    print(budget_report.render(document, heads))
+    report.write_json(options.json, document)
+    if options.plot:
+        budget_report.draw(options.plot, machine.summary(where), found)
+    return int(options.check and not all(target["holds"] for target in targets))
+
+
+def live_policy() -> str:
+    """The row that dualblade.open's defaults are."""
+    return LIVE[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
