@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import statistics
 import sys
@@ -18,10 +19,9 @@ import floor
 import lockstep
 import machine
 import report
-from policies import LIVE, POLICIES, SHAPES, Job
+from policies import POLICIES, SHAPES, Job
 
 import dualblade
-from dualblade.errors import UnsupportedError
 from dualblade.memory import format_size, parse_size
 
 DESCRIPTION = """\
@@ -99,8 +99,8 @@ class Bench:
         child.ask("settle")
         probes = [self.drive.probe()]
         steps: list[dict[str, Any]] = []
-        half = -(-self.options.steps // 2)
-        for count in (half, self.options.steps - half):
+        half = 0 if self.options.quick else self.options.steps // 2
+        for count in (half, self.options.steps - half) if half else (self.options.steps,):
             child.ask("step")  # what was read ahead during the probe would flatter the first
             steps += [child.ask("step") for _ in range(count)]
             probes.append(self.drive.probe())
@@ -181,15 +181,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     quick = options.quick
     options.budgets = numbers(parser, options.budgets or ("90" if quick else None))
     options.steps = options.steps or (2 if quick else 6)
-    finish_workload_options(parser, options)
+    finish_workload_options(parser, options, options.shapes, options.steps + 2)
     wanted = list(POLICIES) if options.policies == "all" else options.policies.split(",")
     if unknown := [name for name in wanted if name not in POLICIES]:
         parser.error(f"--policies: {unknown[0]!r} is unknown; there are {', '.join(POLICIES)}")
     options.policies = wanted
-    steps = options.warmup + options.steps + 2
-    for shape in options.shapes:
-        if options.kv < 2 * steps * 2 * options.layers * SHAPES[shape].row_bytes:
-            parser.error(f"--kv {format_size(options.kv)} are too few tokens of {shape}: give more")
     return options
 
 
@@ -204,16 +200,23 @@ def add_workload_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warmup", type=report.positive, help="steps before the measured ones (4)")
 
 
-def finish_workload_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+def finish_workload_options(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, shapes: Sequence[str], steps: int
+) -> None:
     """Their defaults, and what makes no sense."""
     quick = options.quick
     options.kv = options.kv or (256 << 20 if quick else 2 << 30)
     options.layers = options.layers or (8 if quick else 32)
     options.warmup = options.warmup or (2 if quick else 4)
     options.rounds = 1 if quick else options.rounds
-    options.size = (options.kv * 5 // 4 + SPARE_BYTES) // 4096 * 4096
+    options.size = (options.kv * 3 // 2 + SPARE_BYTES) // 4096 * 4096
     if options.kv < 64 << 20:
         parser.error("--kv is 64MiB or more: an interpreter alone takes half of that")
+    for shape in shapes:
+        grown = (options.warmup + steps) * 2 * options.layers * SHAPES[shape].row_bytes
+        if grown > options.kv // 2:
+            text = f"--kv {format_size(options.kv)} is too little for {shape}"
+            parser.error(f"{text}: these steps add {format_size(grown)}")
     if options.plot and (problem := report.plot_error()):
         parser.error(problem)
 
@@ -231,11 +234,8 @@ def numbers(parser: argparse.ArgumentParser, text: str | None) -> list[int]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     options = parse(arguments)
-    try:
-        with lockstep.memory_group(1 << 30, name="dualblade-bench"):
-            pass
-    except UnsupportedError as error:
-        print(f"bench/budget.py: {error}", file=sys.stderr)
+    if problem := lockstep.no_group():
+        print(f"bench/budget.py: {problem}", file=sys.stderr)
         return 1
     with (
         engine.target(options) as path,
@@ -281,7 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def live_policy() -> str:
     """The row that dualblade.open's defaults are."""
-    return LIVE[0]
+    binding = inspect.signature(dualblade.open).parameters.get("binding")
+    return "live-head" if binding and binding.default == "head" else "live-spread"
 
 
 if __name__ == "__main__":

@@ -308,6 +308,6 @@ def draw(path: str, text: str, rows: Sequence[Row]) -> None:
                 if row["percent"] == percent and row["floor_ms"]
             ]
             if floors:
-                decode.add("floor", percent, report.spread(floors), dashed=True)
+                decode.add("floor", percent, report.spread(floors), style="k--")
         panels += [decode, prefill]
     report.plot_lines(path, text, panels)

@@ -18,6 +18,7 @@ from decode import fields, number_in
 from policies import Job
 
 from dualblade.cli.memory_cgroup import memory_group, set_limit
+from dualblade.errors import UnsupportedError
 
 JOIN = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
 """A shell that is in the group before Python starts: all that the interpreter takes is counted."""
@@ -108,6 +109,15 @@ def decoding(job: Job) -> Iterator[Decode]:
         finally:
             process.close()
             forget_catalog(job.path)
+
+
+def no_group() -> str | None:
+    """Why no memory cgroup can be made here, or None."""
+    try:
+        with memory_group(1 << 30, name="dualblade-bench"):
+            return None
+    except UnsupportedError as error:
+        return str(error)
 
 
 def limit_to(group: Path, limit_bytes: int) -> None:

@@ -155,13 +155,12 @@ class Lines:
         self.over = over
         self.unit = unit
         self.series: dict[str, dict[float, Spread]] = {}
-        self.dashed: set[str] = set()
+        self.styles: dict[str, str] = {}
 
-    def add(self, series: str, at: float, figures: Spread, *, dashed: bool = False) -> None:
-        """A point of a line."""
+    def add(self, series: str, at: float, figures: Spread, *, style: str = "o-") -> None:
+        """A point of a line, whose style is as matplotlib writes it: "k--"."""
         self.series.setdefault(series, {})[at] = figures
-        if dashed:
-            self.dashed.add(series)
+        self.styles[series] = style
 
 
 def plot_lines(path: str, title: str, panels: Sequence[Lines]) -> None:
@@ -179,12 +178,8 @@ def plot_lines(path: str, title: str, panels: Sequence[Lines]) -> None:
                 [points[at]["median"] - points[at]["min"] for at in places],
                 [points[at]["max"] - points[at]["median"] for at in places],
             ]
-            if name in panel.dashed:
-                axis.plot(places, medians, "k--", label=name)
-            else:
-                axis.errorbar(
-                    places, medians, whiskers, label=name, marker="o", ms=4, elinewidth=0.8
-                )
+            style = panel.styles[name]
+            axis.errorbar(places, medians, whiskers, fmt=style, label=name, ms=4, elinewidth=0.8)
         axis.set_xlabel(panel.over)
         axis.set_ylabel(panel.unit)
         axis.set_title(panel.title)
