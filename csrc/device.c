@@ -4,6 +4,7 @@
  * them in one crossing. A fork leaves the parent's device alone: the child's copies of the
  * descriptors are closed in the child as it starts, and every call there says -ECHILD. */
 #define _GNU_SOURCE
+#include "cached.h"
 #include "counters.h"
 #include "member.h"
 #include "queue.h"
@@ -510,16 +511,15 @@ int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t le
 }
 
 int db_device_cached(struct db_device *device, uint64_t offset, uint64_t length,
-                     uint64_t *cached_bytes, uint64_t *dirty_bytes, uint32_t *failed)
+                     struct db_cached *out, uint32_t *failed)
 {
     *failed = device->stripes.member_count;
-    *cached_bytes = *dirty_bytes = 0;
+    memset(out, 0, sizeof(*out));
     int rc = check_range(device, offset, length);
     for (uint32_t i = 0; !rc && i < device->stripes.member_count; i++) {
         struct part part = part_of(device, i, offset, length);
         if (part.length > 0) /* the kernel takes a length of 0 as the rest of the file */
-            rc = db_member_cached(part.member, part.offset, part.length, cached_bytes,
-                                  dirty_bytes);
+            rc = db_cached_count(part.member->buffered_fd, part.offset, part.length, out);
         if (rc)
             *failed = i;
     }

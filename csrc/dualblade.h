@@ -133,9 +133,23 @@ int db_device_write_back(struct db_device *device, uint64_t offset, uint64_t len
 /* Writes a range's dirty pages back and drops it from the page cache. */
 int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t length,
                           uint32_t *failed);
-/* How much of a range the page cache holds. -ENOSYS before Linux 6.5. */
+
+/* What the page cache holds of a range, in whole pages. */
+struct db_cached {
+    uint64_t resident_bytes;
+    uint64_t dirty_bytes;            /* of these, changed and not yet being written */
+    uint64_t writeback_bytes;        /* of these, being written */
+    uint64_t evicted_bytes;          /* that reclaim took and nobody has read again, as far as the
+                                        kernel remembers */
+    uint64_t recently_evicted_bytes; /* of these, so lately that they were in use */
+    bool resident_only;              /* before Linux 6.5 the others are not known, and 0 */
+};
+/* -ENOSYS: the kernel does not say. */
 int db_device_cached(struct db_device *device, uint64_t offset, uint64_t length,
-                     uint64_t *cached_bytes, uint64_t *dirty_bytes, uint32_t *failed);
+                     struct db_cached *out, uint32_t *failed);
+/* The same of all of a file or block device that need not be a device of ours, nor free. Neither
+ * locks nor reads it. -ENOSYS, -EISDIR, -ENOTBLK, and what open(2) gives. */
+int db_cached_of_path(const char *path, struct db_cached *out);
 
 /* ---- I/O: a batch of contiguous runs, submitted and waited for as one ----------------------- */
 

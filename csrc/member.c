@@ -9,12 +9,7 @@
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
-
-#ifndef SYS_cachestat
-#define SYS_cachestat 451
-#endif
 
 int db_member_identify(const char *path, struct db_member *member)
 {
@@ -115,21 +110,4 @@ int db_member_drop_cached(struct db_member *member, uint64_t offset, uint64_t le
     if (rc)
         return rc;
     return -posix_fadvise(member->buffered_fd, (off_t)offset, (off_t)length, POSIX_FADV_DONTNEED);
-}
-
-int db_member_cached(struct db_member *member, uint64_t offset, uint64_t length,
-                     uint64_t *cached_bytes, uint64_t *dirty_bytes)
-{
-    struct {
-        uint64_t offset, length;
-    } range = {offset, length};
-    struct {
-        uint64_t cached, dirty, writeback, evicted, recently_evicted;
-    } pages;
-    if (syscall(SYS_cachestat, member->buffered_fd, &range, &pages, 0) < 0)
-        return -errno;
-    uint64_t page_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
-    *cached_bytes += pages.cached * page_bytes;
-    *dirty_bytes += (pages.dirty + pages.writeback) * page_bytes;
-    return 0;
 }

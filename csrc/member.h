@@ -29,8 +29,5 @@ int db_member_flush(struct db_member *member);
 int db_member_discard(struct db_member *member, uint64_t offset, uint64_t length);
 int db_member_write_back(struct db_member *member, uint64_t offset, uint64_t length, bool wait);
 int db_member_drop_cached(struct db_member *member, uint64_t offset, uint64_t length);
-/* Adds to both counts. */
-int db_member_cached(struct db_member *member, uint64_t offset, uint64_t length,
-                     uint64_t *cached_bytes, uint64_t *dirty_bytes);
 
 #endif

@@ -34,6 +34,18 @@ class DeviceInfo(NamedTuple):
     def place(self, offset: int) -> tuple[str, int]:
         """Where a byte of the device lies: the member's target, and the offset there."""
 
+class CacheState(NamedTuple):
+    """What the page cache holds of a range, in bytes; before Linux 6.5 only what is resident."""
+
+    resident_bytes: int
+    dirty_bytes: int | None
+    writeback_bytes: int | None
+    evicted_bytes: int | None
+    recently_evicted_bytes: int | None
+
+def cache_state_of(path: str | os.PathLike[str]) -> CacheState:
+    """What the page cache holds of all of a file or block device, whoever uses it."""
+
 class Completion:
     """One submitted batch. It holds every buffer of the batch until the last byte has moved."""
 
@@ -83,8 +95,9 @@ class Device:
     def write_back(self, offset: int, length: int, wait: bool = False) -> None:
         """Starts to write a range's dirty pages back; with `wait` returns when they are."""
     def drop_cached(self, offset: int, length: int) -> None: ...
-    def cached_bytes(self, offset: int, length: int) -> tuple[int, int]:
+    def cached_bytes(self, offset: int, length: int) -> tuple[int, int | None]:
         """Bytes of the range that the page cache holds, and of these the dirty ones."""
+    def cache_state(self, offset: int, length: int) -> CacheState: ...
     def stats(self) -> dict[str, dict[str, int]]:
         """Counters of each path: {"direct": {"reads": ...}, "pagecache": {...}}."""
     def close(self) -> None: ...

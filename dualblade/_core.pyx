@@ -463,21 +463,28 @@ cdef class Device:
         return 0
 
     def cached_bytes(self, offset, length):
-        """Bytes of the range that the page cache holds, and of these the dirty ones.
+        """Bytes of the range that the page cache holds, and of these the dirty ones: cache_state
+        in short. The dirty ones are None before Linux 6.5."""
+        state = self.cache_state(offset, length)
+        if state.dirty_bytes is None:
+            return state.resident_bytes, None
+        return state.resident_bytes, state.dirty_bytes + state.writeback_bytes
 
-        Raises UnsupportedError before Linux 6.5."""
+    def cache_state(self, offset, length):
+        """What the page cache holds of the range, in whole pages: a CacheState.
+
+        Raises UnsupportedError where the kernel does not say."""
         cdef uint64_t start = _bytes(offset, "offset")
         cdef uint64_t size = _bytes(length, "length")
-        cdef uint64_t cached = 0
-        cdef uint64_t dirty = 0
+        cdef db_cached found
         cdef uint32_t failed
         cdef int rc
         self._pin()
         with nogil:
-            rc = db_device_cached(self.ptr, start, size, &cached, &dirty, &failed)
+            rc = db_device_cached(self.ptr, start, size, &found, &failed)
         self._unpin()
         self._check_range(rc, start, size, "count the cached pages of", failed)
-        return cached, dirty
+        return _cache_state(&found)
 
     cdef int _check_range(self, int rc, uint64_t offset, uint64_t length,
                           str operation, uint32_t failed) except -1:
@@ -643,6 +650,7 @@ cdef class Device:
 
 include "_core_target.pxi"
 include "_core_memory.pxi"
+include "_core_cached.pxi"
 include "_core_bracket.pxi"
 include "_core_extents.pxi"
 include "_core_tail.pxi"

@@ -104,9 +104,17 @@ cdef extern from "dualblade.h" nogil:
                              uint32_t *failed) noexcept
     int db_device_drop_cached(db_device *device, uint64_t offset, uint64_t length,
                               uint32_t *failed) noexcept
+    struct db_cached:
+        uint64_t resident_bytes
+        uint64_t dirty_bytes
+        uint64_t writeback_bytes
+        uint64_t evicted_bytes
+        uint64_t recently_evicted_bytes
+        bint resident_only
+
     int db_device_cached(db_device *device, uint64_t offset, uint64_t length,
-                         uint64_t *cached_bytes, uint64_t *dirty_bytes,
-                         uint32_t *failed) noexcept
+                         db_cached *out, uint32_t *failed) noexcept
+    int db_cached_of_path(const char *path, db_cached *out) noexcept
 
     struct db_io:
         uint64_t offset

@@ -1,20 +1,19 @@
-"""Recorded /proc and /sys trees for what reads memory limits, and real memory cgroups."""
+"""Recorded /proc and /sys trees for what reads memory limits, and programs in real cgroups."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
-
-import pytest
 
 from dualblade import memory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.devices import MemoryCgroup
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -101,33 +100,9 @@ class Tree:
 V2_REST = 1000 + 200 + 30 + 4  # of what Tree.v2 writes, what can't be reclaimed besides anon
 
 
-@contextlib.contextmanager
-def real_cgroup(limit_bytes: int, name: str = "") -> Iterator[Path]:
-    """A new cgroup below the process's own, with a memory limit."""
-    here = memory.limits()
-    if not here.cgroup_version:
-        pytest.skip("no memory cgroup is mounted here")
-    path = Path(here.cgroup_path, f"dualblade-test-{os.getpid()}{name}")
-    knob = {1: "memory.limit_in_bytes", 2: "memory.max"}[here.cgroup_version]
-    try:
-        path.mkdir()
-    except OSError as error:
-        pytest.skip(f"no cgroup can be made below {path.parent}: {error}")
-    try:
-        try:
-            (path / knob).write_text(str(limit_bytes))
-        except OSError as error:
-            pytest.skip(f"the memory controller is not given to {path.parent}: {error}")
-        yield path
-    finally:
-        path.rmdir()
-
-
-def run_inside(group: Path, program: str, *arguments: object) -> str:
+def run_inside(group: MemoryCgroup, program: str, *arguments: object) -> str:
     """What a Python program prints that runs in this cgroup."""
-    join = f"import sys\nsys.path[:0] = {[entry for entry in sys.path if entry]!r}\n"
-    join += f"open({str(group / 'cgroup.procs')!r}, 'w').write('0')\n"
-    command = [sys.executable, "-c", join + program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    path = f"import sys\nsys.path[:0] = {[entry for entry in sys.path if entry]!r}\n"
+    done = group.run_python(path + program, *map(str, arguments))
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -24,6 +24,7 @@ SYSCALLS = {
         "io_getevents": 208,
         "io_submit": 209,
         "seccomp": 317,
+        "cachestat": 451,
     },
     "aarch64": {
         "io_uring_setup": 425,
@@ -32,6 +33,7 @@ SYSCALLS = {
         "io_getevents": 4,
         "io_submit": 2,
         "seccomp": 277,
+        "cachestat": 451,
     },
 }[platform.machine()]
 SET_NO_NEW_PRIVS = 38
