@@ -264,7 +264,7 @@ def cells(row: Row) -> list[str]:
         report.shown(row["step_ms"], 0),
         f"{row['p99_ms']:.0f}",
         report.shown(row["to_floor"], 2),
-        f"{row['hit_rate'] * 100:.0f}",
+        f"{max(0.0, row['hit_rate']) * 100:.0f}",
         f"{counts['read_bytes'] / 2**20:.0f}",
         "-" if row["busy"] is None else f"{row['busy'] * 100:.0f}",
         f"{counts['cpu_s']:.2f}",
