@@ -13,6 +13,7 @@ from typing import Any
 import dualblade
 from dualblade import _core
 from dualblade.catalog import Catalog, catalog_path
+from dualblade.cli import memory_info
 from dualblade.cli.messages import for_admin
 from dualblade.errors import DualbladeError, DualbladeWarning
 from dualblade.header import HEADER_BYTES, Header
@@ -27,6 +28,8 @@ examples:
   dualblade format a.img b.img --size 8GiB --stripe 1MiB
                                             a new store that is striped over several
   dualblade info kv.img                     what it is: size, blocks, engine, memory
+  dualblade info --memory                   what memory tensors may take, its parts, its sources
+  dualblade info --memory kv.img            and what of this file is in memory, also while in use
   dualblade stat kv.img                     what is in it
   dualblade check kv.img                    read everything against its checksums
 
@@ -36,7 +39,10 @@ exit status: 0 done, 1 failed or problems found, 2 wrong usage
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command's entry point; returns its exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if not options.targets and not options.memory:
+        parser.error("info wants a target, or --memory")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("always", DualbladeWarning)
@@ -76,10 +82,16 @@ def _parser() -> argparse.ArgumentParser:
         ("stat", _stat, "what a store holds and how it is laid out"),
         ("check", _check, "read every tensor against its checksums"),
     ):
-        command = commands.add_parser(name, help=words, description=f"{words.capitalize()}.")
+        command = commands.add_parser(
+            name,
+            help=words,
+            description=f"{words.capitalize()}.",
+            epilog=_examples_of(name),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         command.add_argument(
             "targets",
-            nargs="+",
+            nargs="*" if name == "info" else "+",
             metavar="target",
             help="a file, or a block device such as /dev/nvme1n1; several, in the order of their "
             "format, are one striped store",
@@ -91,7 +103,20 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--yes", action="store_true", help="do not ask")
         else:
             command.add_argument("--json", action="store_true", help="for scripts")
+        if name == "info":
+            command.add_argument(
+                "--memory",
+                action="store_true",
+                help="what memory there is instead, and what of the targets, if any, is in it",
+            )
     return parser
+
+
+def _examples_of(command: str) -> str:
+    """The lines of EXAMPLES that show it."""
+    start = f"  dualblade {command} "
+    lines = [line for line in EXAMPLES.splitlines() if line.startswith(start)]
+    return "\n".join(["examples:", *lines])
 
 
 def _name(options: argparse.Namespace) -> str:
@@ -170,6 +195,13 @@ def _headers(options: argparse.Namespace) -> list[Header]:
 
 
 def _info(options: argparse.Namespace) -> int:
+    if options.memory:
+        about_memory = memory_info.collect(options.targets)
+        if options.json:
+            print(json.dumps(memory_info.as_json(about_memory), indent=2))
+        else:
+            print(memory_info.as_text(about_memory))
+        return 0
     headers = _headers(options)
     header = headers[0] if headers else None
     stripe = {"stripe_bytes": header.stripe_bytes} if header and header.stripe_bytes else {}
