@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import statistics
 import time
@@ -267,6 +268,41 @@ def test_page_cache_that_fits_is_not_read_again(
     for refaults, _, free in thrash(memory_cgroup(256 * MIB), tmp_path, 64 * MIB):
         assert refaults <= MIB
         assert free > 160 * MIB
+
+
+FILL = """
+import json, os
+import numpy as np
+from dualblade import _core
+from dualblade.memory import MemoryWatch
+spare = 16 << 20
+with _core.Device.open(sys.argv[1]) as device, MemoryWatch() as watch:
+    held = np.ones(int(sys.argv[2]), np.uint8)
+    out = np.empty(1 << 20, np.uint8)
+    size = (watch.sample().free_bytes - spare) >> 20 << 20
+    for _ in range(3):
+        for offset in range(0, size, len(out)):
+            device.read([(offset, out)], path="pagecache").wait()
+    sample = watch.sample()
+    resident = device.cached_bytes(0, size)[0]
+print(json.dumps([size, resident, sample.refault_bytes, sample.free_bytes - spare - size]))
+"""
+
+
+@pytest.mark.parametrize("held_bytes", [0, 96 * MIB])
+def test_what_is_said_to_be_free_can_be_cached(
+    tmp_path: Path, memory_cgroup: Callable[[int], MemoryCgroup], held_bytes: int
+) -> None:
+    path = tmp_path / "device.img"
+    with open(path, "wb") as file:
+        file.truncate(256 * MIB)
+    printed = run_inside(memory_cgroup(256 * MIB), FILL, path, held_bytes)
+    size, resident, refaults, left = json.loads(printed)
+    assert 128 * MIB - held_bytes < size < 256 * MIB - held_bytes
+    assert resident == size
+    assert refaults == 0
+    # That the tensors are there now changes nothing in what they may take.
+    assert abs(left) < 4 * MIB
 
 
 def test_no_limit_on_the_way_up_is_no_limit() -> None:
