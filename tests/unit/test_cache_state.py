@@ -103,6 +103,8 @@ def test_what_reclaim_takes_is_evicted(
     group = memory_cgroup(128 * MIB)
     states = [_core.CacheState(*state) for state in json.loads(run_inside(group, EVICT, path))]
     whole, early, late, again, dropped = states
+    if whole.evicted_bytes is None:
+        pytest.skip("cachestat(2) is missing: Linux 6.5 has it")
     # The kernel remembers some of what it took, under pressure less.
     assert 16 * MIB <= whole.evicted_bytes <= size - whole.resident_bytes
     assert whole.resident_bytes < 128 * MIB

@@ -9,8 +9,10 @@ import statistics
 import time
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 
+from dualblade import _core, aligned_empty
 from dualblade.errors import ClosedError
 from dualblade.memory import MemoryWatch, limits
 from tests.memory_tree import GIB, MIB, NO_LIMIT, PAGE, V2_REST, Tree, run_inside
@@ -195,6 +197,21 @@ def test_a_sample_is_cheap() -> None:
             watch.sample()
             times_s.append(time.perf_counter() - start_s)
     assert statistics.median(times_s) < 2e-3
+
+
+def test_memory_registered_with_io_uring_is_pinned(tmp_path: Path) -> None:
+    path = tmp_path / "device.img"
+    path.write_bytes(bytes(MIB))
+    before = limits().process
+    with _core.Device.open(path) as device:
+        registered = device.register([aligned_empty(8 * MIB, np.uint8)])
+        if device.info.engine != "uring" or not registered:
+            pytest.skip("io_uring registers no memory here")
+        counted = device.stats()["direct"]["registered_bytes"]
+        now = limits().process
+    assert (
+        now.pinned_bytes + now.locked_bytes - before.pinned_bytes - before.locked_bytes >= counted
+    )
 
 
 MOVED = """

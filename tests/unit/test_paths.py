@@ -11,7 +11,6 @@ import pytest
 
 import dualblade
 from dualblade import _core
-from dualblade.errors import UnsupportedError
 from dualblade.paths import open_paths
 
 if TYPE_CHECKING:
@@ -34,10 +33,8 @@ def page_cache_can_be_counted(tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("probe") / "probe.img"
     path.write_bytes(bytes(MIB))
     with _core.Device.open(path) as device:
-        try:
-            device.cached_bytes(0, MIB)
-        except UnsupportedError as error:
-            pytest.skip(str(error))
+        if device.cached_bytes(0, MIB)[1] is None:
+            pytest.skip("cachestat(2) is missing: Linux 6.5 has it")
 
 
 @pytest.fixture
