@@ -43,6 +43,9 @@ class Index:
         self._used_bytes = 0
         self._changed: dict[str, None] = {}
         self._deleted: dict[str, None] = {}
+        self.freed: list[tuple[int, int]] | None = None
+        """Extents, (offset, bytes), that were page-cached when they were freed, if anybody takes
+        them from here. An interrupt may leave one here twice."""
         self._taken: tuple[dict[str, None], dict[str, None]] = {}, {}
         """What a save is under way with."""
 
@@ -196,6 +199,8 @@ class Index:
         free = self.extents.free
         if not entry.is_placed:
             return
+        if self.freed is not None and residency.groups[entry.group].path == "pagecache":
+            self.freed.append((entry.offset, size_bytes))
         # From here to the call into C is no other, so no interrupt.
         group = residency.groups[entry.group]
         group.size_bytes -= size_bytes
@@ -280,6 +285,7 @@ class Index:
         with _collector_paused():
             tensors = [self._load_record(record, catalog) for record in catalog.records()]
             residency.add(tensors)
+            residency.bind_anew()
 
     def _load_record(self, record: Record, catalog: Catalog) -> tuple[str, int]:
         """Takes in one; its group and the bytes that it takes."""

@@ -1,23 +1,27 @@
 """Which path each group of tensors takes.
 
-A group is what is read together, such as a layer's keys and values. It is bound to a path when its
-first tensor is stored; the groups that fit into the memory budget are page-cached, in the order of
-their arrival, and the rest is direct: of data that is scanned from end to end again and again, what
-is cached must not be displaced by what is not, or nothing is ever found in memory (the first-fit
-binding of arXiv 2604.26557, Algorithm 1).
+A group is what is read together, such as a layer's keys and values. What fits into the memory
+budget is page-cached, the rest is direct: of data that is scanned from end to end again and again,
+what is cached must not be displaced by what is not, or nothing is ever found in memory
+(arXiv 2604.26557, Algorithm 1). A group is bound when its first tensor is stored, while there is
+room; which groups should have the room is the binding's to say, and `plan_moves` tells how to get
+there when the budget or the groups have changed.
 
-Here is the bookkeeping alone: the store moves groups, and holds its lock around every call.
+Here are the bookkeeping and the plans alone: the store moves groups, and holds its lock around
+every call of Residency.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 PathName = Literal["direct", "pagecache"]
 Policy = Literal["dual", "direct", "pagecache"]
 POLICIES: tuple[Policy, ...] = ("dual", "direct", "pagecache")
+Binding = Literal["spread", "head"]
 
 
 @dataclass(slots=True)
@@ -27,18 +31,138 @@ class Group:
     path: PathName
     size_bytes: int = 0
     tensors: int = 0
+    wish: PathName | None = None
+    """The path that somebody asked for by name: no plan goes against it, but for want of room."""
+
+
+# ---- which groups should be page-cached ---------------------------------------------------------
+
+
+def head_order(count: int) -> Sequence[int]:
+    """The first groups go first, as in the paper."""
+    return range(count)
+
+
+@functools.lru_cache(maxsize=8)
+def spread_order(count: int) -> Sequence[int]:
+    """Of any number of groups that fit, evenly many in each part of the scan: while a cached group
+    is copied, the drive reads the next direct one.
+
+    They take turns by the mirrored bits of their place, halving the gaps again and again. The first
+    n of the order are among the first n + 1, so a budget that changes moves only as many groups as
+    it has to.
+    """
+    bits = max(1, (count - 1).bit_length())
+    places = (int(f"{turn:0{bits}b}"[::-1], 2) for turn in range(1 << bits))
+    # Each group has one or two of the places, and takes its turn at the first.
+    return list(dict.fromkeys(place * count >> bits for place in places))[:count]
+
+
+BINDINGS: Mapping[Binding, Callable[[int], Sequence[int]]] = {
+    "spread": spread_order,
+    "head": head_order,
+}
+"""From a number of groups, in the order of their arrival, to who should be page-cached first."""
+
+
+class Candidate(NamedTuple):
+    """What a plan has to know of a group."""
+
+    name: str
+    size_bytes: int
+    path: PathName
+    is_empty: bool = False
+    """Nothing is stored in it yet: it moves for nothing."""
+    is_pinned: bool = False
+    """It can't be moved now."""
+    wish: PathName | None = None
+
+
+class Moves(NamedTuple):
+    """Names of groups to move: first all of `to_direct`, then `to_pagecache`, in this order."""
+
+    to_direct: list[str]
+    to_pagecache: list[str]
+
+
+def plan_moves(
+    groups: Sequence[Candidate], budget_bytes: int, binding: Binding, *, swaps: int = 0
+) -> Moves:
+    """The fewest moves after which the page-cached groups fit into the budget and fill it.
+
+    `groups` are in the order of their arrival. Groups with data leave the page cache only for want
+    of room, the last of the binding's order first; but up to `swaps` of them also change places
+    with better ones. Empty groups take the places that the order gives them. Only pinned groups
+    can be more than the budget.
+    """
+    order = [groups[index] for index in BINDINGS[binding](len(groups))]
+    # Sorted by what somebody asked for, and so in the same order otherwise.
+    order = sorted(order, key=lambda group: group.wish != "pagecache")
+    chosen = {
+        group.name: group
+        for group in order
+        if group.path == "pagecache"
+        and (group.is_pinned or not group.is_empty)
+        and (group.is_pinned or group.wish != "direct")
+    }
+    taken_bytes = sum(group.size_bytes for group in chosen.values())
+    for group in reversed(list(chosen.values())):
+        if taken_bytes <= budget_bytes:
+            break
+        if not group.is_pinned:
+            del chosen[group.name]
+            taken_bytes -= group.size_bytes
+    for group in order:
+        if group.name in chosen or group.is_pinned or group.wish == "direct":
+            continue
+        if taken_bytes + group.size_bytes <= budget_bytes:
+            chosen[group.name] = group
+            taken_bytes += group.size_bytes
+    if swaps:
+        _swap(order, chosen, budget_bytes - taken_bytes, swaps)
+    return Moves(
+        [
+            each.name
+            for each in reversed(order)
+            if each.path != "direct" and each.name not in chosen
+        ],
+        [each.name for each in order if each.path == "direct" and each.name in chosen],
+    )
+
+
+def _swap(
+    order: Sequence[Candidate], chosen: dict[str, Candidate], spare_bytes: int, swaps: int
+) -> None:
+    """Lets groups that come first in the order take the places of the last ones chosen."""
+    rank = {group.name: place for place, group in enumerate(order)}
+    out = [group for group in order if group.name in chosen and not group.is_pinned]
+    for group in order:
+        if not swaps or not out or rank[out[-1].name] < rank[group.name]:
+            return
+        if group.name in chosen or group.is_pinned or group.wish == "direct":
+            continue
+        spare_after = spare_bytes + out[-1].size_bytes - group.size_bytes
+        if spare_after >= 0:
+            del chosen[out.pop().name]
+            chosen[group.name] = group
+            spare_bytes = spare_after
+            swaps -= 1
+
+
+# ---- the accounts -------------------------------------------------------------------------------
 
 
 class Residency:
     """Binds groups to paths so that the page-cached ones never exceed `budget_bytes`.
 
     With policy "pagecache" everything is page-cached, and with "direct" nothing is, whatever the
-    budget.
+    budget. Where that has just become less than what is page-cached, groups have to be moved.
     """
 
-    def __init__(self, policy: Policy, budget_bytes: int) -> None:
+    def __init__(self, policy: Policy, budget_bytes: int, binding: Binding = "spread") -> None:
         self.policy = policy
         self.budget_bytes = budget_bytes
+        self.binding = binding
         self.pagecache_bytes = 0
         self.groups: dict[str, Group] = {}
 
@@ -86,7 +210,7 @@ class Residency:
                     group = Group("direct")
                     new.append(group)
                 else:
-                    group = Group(known.path, known.size_bytes, known.tensors)
+                    group = Group(known.path, known.size_bytes, known.tensors, known.wish)
                 grown[name] = group
             if group.path == "pagecache":
                 pagecache_bytes += size_bytes
@@ -105,6 +229,20 @@ class Residency:
         """Does what was planned. An interrupt comes before or after all of it."""
         self.pagecache_bytes = pagecache_bytes
         self.groups.update(groups)
+
+    def bind_anew(self) -> None:
+        """Binds all groups as if nothing of them were cached yet."""
+        if self.policy != "dual":
+            return
+        groups = [
+            Candidate(name, group.size_bytes, group.path, is_empty=True)
+            for name, group in self.groups.items()
+        ]
+        moves = plan_moves(groups, self.budget_bytes, self.binding)
+        for name in moves.to_direct:
+            self.move(name, "direct")
+        for name in moves.to_pagecache:
+            self.move(name, "pagecache")
 
     def move(self, group: str, path: PathName) -> None:
         """Rebinds a group, after the store has seen to its pages."""
