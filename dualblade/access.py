@@ -283,23 +283,27 @@ class EntryAccess:
     ) -> list[Entry]:
         """Takes hold of the entries of these keys, for an operation that is ended in any case."""
         keys = list(keys)
-        held = operation.held
         while True:
             with self._lock:
                 self._check_open()
                 if not self._puts_of(keys):
                     self._operations[operation] = None
                     entries = self._wait_for(keys, is_taken, in_turn=in_turn)
-                    for entry in entries:
-                        # All at once, with the call into C.
-                        entry.users += 1
-                        if operation.is_exclusive:
-                            entry.is_exclusive = True  # from here on nobody else begins
-                        elif operation.is_appending:
-                            entry.is_appending = True
-                        held.append(entry)
+                    self._take(operation, entries)
                     return entries
             self._settle_puts(keys)
+
+    @staticmethod
+    def _take(operation: Operation, entries: Iterable[Entry]) -> None:
+        held = operation.held
+        for entry in entries:
+            # All at once, with the call into C.
+            entry.users += 1
+            if operation.is_exclusive:
+                entry.is_exclusive = True  # from here on nobody else begins
+            elif operation.is_appending:
+                entry.is_appending = True
+            held.append(entry)
 
     def _shared(self, key: str) -> _core.Bracket:
         operation = Operation()
@@ -319,6 +323,47 @@ class EntryAccess:
             return self._hold(operation, keys, is_written)
 
         return _core.Bracket(begin, partial(self._end_inside, operation))
+
+    def _idle(self, group: str, entries: Sequence[Entry]) -> _core.Bracket:
+        """All entries of a group, exclusively, as the operation that holds them; or None if they
+        are not all, or somebody uses one."""
+        operation = Operation(is_exclusive=True)
+
+        def begin() -> Operation | None:
+            self._here.inside[operation] = None
+            with self._lock:
+                self._check_open()
+                bound = self._residency.groups.get(group)
+                if (
+                    bound is None
+                    or bound.tensors != len(entries)
+                    or any(
+                        entry.users or entry.is_dead or entry.group != group for entry in entries
+                    )
+                    or self._puts_of([entry.key for entry in entries])
+                ):
+                    return None
+                self._operations[operation] = None
+                self._take(operation, entries)
+                return operation
+
+        return _core.Bracket(begin, partial(self._end_inside, operation))
+
+    def _share(self, operation: Operation) -> None:
+        """Others may read and append from now on, but not move or shorten what it holds."""
+        with self._lock:
+            operation.is_exclusive = False
+            for entry in operation.held:
+                entry.is_exclusive = False
+            self._changed.notify_all()
+
+    def _settle_finished(self) -> None:
+        """Gives back the holds of tickets that are done, for which nobody has waited."""
+        with self._lock:
+            tickets = list(self._tickets)
+        for ticket in tickets:
+            if ticket.done():
+                ticket.settle()
 
     def _exclusive(self, keys: Iterable[str]) -> _core.Bracket:
         operation = Operation(is_exclusive=True)

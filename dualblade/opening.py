@@ -28,12 +28,14 @@ from dualblade.errors import (
     UnsupportedError,
     device_error,
 )
+from dualblade.governor import Governor
 from dualblade.header import DATA_OFFSET, HEADER_BYTES, Header
 from dualblade.index import Index
-from dualblade.memory import format_size, page_cache_budget, parse_size
-from dualblade.residency import POLICIES, Policy, Residency
+from dualblade.memory import MemoryWatch, format_size, page_cache_budget, parse_size
+from dualblade.residency import BINDINGS, POLICIES, Binding, Policy, Residency
 from dualblade.safety import Target, check_targets
 from dualblade.store import TensorStore
+from dualblade.watcher import join_orphans
 
 CHUNK_BYTES = 256 << 10
 """What one checksum covers: small enough that reading a part of a tensor reads little more than
@@ -61,6 +63,8 @@ def open_store(
     format: bool = False,
     memory: str | int = "auto",
     policy: Policy = "dual",
+    live: bool = True,
+    binding: Binding = "spread",
     engine: Literal["auto", "uring", "aio", "threads"] = "auto",
     queue_depth: int = 256,
     sqpoll: bool = False,
@@ -80,10 +84,15 @@ def open_store(
              256 KiB, fixed at the format.
     create   True: it must not exist yet; False: it must exist.
     format   True: make a new, empty store of whatever is there. Never of a device in use.
-    memory   what page-cached tensors may take: "auto" follows the memory that is free now, a size
-             ("2GiB", or bytes) caps it.
+    memory   what page-cached tensors may take: "auto" is the memory that is free, a size ("2GiB",
+             or bytes) caps it.
     policy   "dual": groups that fit into `memory` are page-cached, the others are read past the
              page cache; "pagecache" or "direct": all of them.
+    live     whether "dual" follows the memory: groups leave the page cache before the kernel has to
+             reclaim it for others, and come back once there is room. A thread looks ten times a
+             second. False: `memory` is what it was at the open.
+    binding  which groups "dual" keeps: "spread" evenly over all of them, so that the drive reads
+             one while another is copied from memory; "head" the first ones.
     engine   of the direct path; "auto" takes the first of uring, aio and threads that works here.
     sqpoll, iopoll   a kernel thread submits, completions are polled for: less latency, for a
              processor each. See Device.open.
@@ -92,7 +101,7 @@ def open_store(
     Raises DeviceRefusedError for what is in use or not ours, NoSpaceError, DeviceError,
     CorruptionError, UnsupportedError, and ValueError for an option that makes no sense.
     """
-    _check_options(policy, verify, durable)
+    _check_options(policy, verify, durable, binding)
     layout = _layout(target, stripe)
     size_bytes = None if size is None else layout.checked_size(size)
     budget = page_cache_budget(memory, STAGING_BYTES)
@@ -115,13 +124,24 @@ def open_store(
         )
         with _closed_on_error(device):
             notes = _fallbacks(device, engine)
-            residency = Residency(policy, budget.bytes)
+            residency = Residency(policy, budget.bytes, binding)
+            following = _following(residency, memory) if live and policy == "dual" else None
             index, catalog = _load(device, layout, found, residency)
     store = TensorStore(device, index, catalog, residency, verify=verify, fallbacks=notes)
     _open_stores.add(store)
+    if following is not None:
+        store.follow_memory(*following)
     if verify == "open":
         _verify_all(store)
     return store
+
+
+def _following(residency: Residency, memory: str | int) -> tuple[MemoryWatch, Governor]:
+    """What the store follows the memory with, which sets the first budget as well."""
+    watch = MemoryWatch()
+    governor = Governor(None if memory == "auto" else parse_size(memory))
+    residency.budget_bytes = governor.update(time.monotonic(), watch.sample(), 0)
+    return watch, governor
 
 
 @contextmanager
@@ -143,9 +163,11 @@ def check_options(targets: Sequence[str], size: str | int | None, stripe: str | 
         layout.checked_size(size)
 
 
-def _check_options(policy: str, verify: str, durable: bool) -> None:
+def _check_options(policy: str, verify: str, durable: bool, binding: str) -> None:
     if policy not in POLICIES:
         raise ValueError(f"policy={policy!r} is unknown: take one of {', '.join(POLICIES)}")
+    if binding not in BINDINGS:
+        raise ValueError(f"binding={binding!r} is unknown: take one of {', '.join(BINDINGS)}")
     if verify not in VERIFY:
         raise ValueError(f"verify={verify!r} is unknown: take one of {', '.join(VERIFY)}")
     if durable:
@@ -559,6 +581,7 @@ def _verify_all(store: TensorStore) -> None:
 
 def _close_all() -> None:
     with contextlib.ExitStack() as stack:  # whatever goes wrong with one, the others are closed
+        stack.callback(join_orphans)
         for store in list(_open_stores):
             stack.callback(store.close)
 

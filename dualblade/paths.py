@@ -7,6 +7,7 @@ what the page cache holds of it is written back and dropped, and the next access
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,10 @@ from dualblade.errors import UnsupportedError
 
 FOLIO_MAX_BYTES = 2 << 20
 """The page cache holds memory in pieces of up to this size, and drops them only whole."""
+
+DROP_ATTEMPTS = 5
+DROP_PAUSE_S = 0.001
+"""The kernel drops no piece that is in use; a copy from one takes less than this."""
 
 Request = tuple[int, Any]
 """(offset on the device in bytes, a contiguous buffer of bytes)."""
@@ -42,19 +47,27 @@ class DirectPath:
 
     def enter(self, offset: int, length: int) -> None:
         """Called before an extent's first access on this path after it was on the other."""
-        self._device.drop_cached(offset, length)
+        start, stop = offset, offset + length
+        for attempt in range(DROP_ATTEMPTS):
+            self._device.drop_cached(start, stop - start)
+            if not self._has_cached(offset, length):
+                return
+            if attempt == 0:
+                # Cached in one piece with the neighbours, since all this was one tensor that is
+                # gone: the neighbours have to go too, and come back when they are read.
+                # Of a striped device that many bytes of each member.
+                unit = FOLIO_MAX_BYTES * len(self._device.info.targets)
+                start = offset // unit * unit
+                stop = min(-(-(offset + length) // unit) * unit, self._device.info.size)
+            else:
+                # Somebody reads a neighbour in the same piece or writes it back at this moment.
+                time.sleep(DROP_PAUSE_S)
+
+    def _has_cached(self, offset: int, length: int) -> bool:
         try:
-            left_bytes, _ = self._device.cached_bytes(offset, length)
+            return self._device.cached_bytes(offset, length)[0] > 0
         except UnsupportedError:
-            left_bytes = length  # who knows
-        if left_bytes:
-            # Cached in one piece with the neighbours, since all this was one tensor that is gone:
-            # the neighbours have to go too, and come back when they are read.
-            # Of a striped device that many bytes of each member.
-            unit = FOLIO_MAX_BYTES * len(self._device.info.targets)
-            start = offset // unit * unit
-            stop = -(-(offset + length) // unit) * unit
-            self._device.drop_cached(start, min(stop, self._device.info.size) - start)
+            return True  # who knows
 
 
 class PageCachePath(DirectPath):
@@ -65,6 +78,11 @@ class PageCachePath(DirectPath):
     """
 
     name = "pagecache"
+
+    def write_back(self, offset: int, length: int) -> None:
+        """Called before an extent leaves this path, so that leaving takes no longer than it must:
+        returns when what is dirty now is written."""
+        self._device.write_back(offset, length, wait=True)
 
 
 def open_paths(device: Device) -> dict[str, DirectPath]:

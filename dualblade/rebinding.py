@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
+from dualblade.access import Operation
 from dualblade.entry import Entry
 from dualblade.errors import KeyNotFoundError
 from dualblade.memory import format_size
-from dualblade.residency import PathName
+from dualblade.paths import PageCachePath
+from dualblade.residency import Candidate, PathName, plan_moves
 from dualblade.transfer import EntryTransfer
+
+BUSY_S = 0.05
+"""So long a group that has to leave the page cache may be in use before its users have to wait."""
+
+
+class Survey(NamedTuple):
+    """All groups at one moment, and the entries of each."""
+
+    candidates: list[Candidate]
+    members: dict[str, list[Entry]]
 
 
 class Rebinding(EntryTransfer):
     """Moves groups to another path: what is cached of them goes, their bytes stay in place."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._resident: dict[Entry, int] = {}
+        """Bytes of page-cached entries that were found in memory; read and changed freely."""
 
     def path_of(self, group: str) -> PathName:
         """The path that a group takes now. KeyNotFoundError if there is no such group."""
@@ -27,16 +46,41 @@ class Rebinding(EntryTransfer):
         """Moves a group to another path, while others read and write what they like.
 
         No data moves: what the page cache holds is written back and dropped, and from then on the
-        same blocks are reached the other way. ValueError if the group would not fit into the
-        memory budget, KeyNotFoundError if there is no such group.
+        same blocks are reached the other way. A store that follows the memory leaves the group
+        there, unless it has to go direct for want of room. ValueError if the group would not fit
+        into the memory budget, KeyNotFoundError if there is no such group.
         """
         if path not in self._paths:
             raise ValueError(f"path={path!r} is unknown: take 'direct' or 'pagecache'")
+        self._bind(group, path, wish=path)
+
+    def rebalance(self) -> None:
+        """Binds the groups in which nothing is stored yet as if all had come at once.
+
+        A group is bound when it is made, while there is room. Call this when all groups of a kind
+        have been made and before anything is stored in them, so that the binding decides which of
+        them are page-cached. It costs no I/O.
+        """
+        if self._residency.policy != "dual":
+            return
+        with self._operation(), self._lock:
+            found = self._survey().candidates
+            fixed = [group._replace(is_pinned=not group.is_empty) for group in found]
+            residency = self._residency
+            moves = plan_moves(fixed, residency.budget_bytes, residency.binding)
+            for name in moves.to_direct:
+                residency.move(name, "direct")
+            for name in moves.to_pagecache:
+                residency.move(name, "pagecache")
+
+    def _bind(self, group: str, path: PathName, *, wish: PathName | None = None) -> None:
         while True:
             keys = self._keys_of_group(group)
             try:
                 with self._exclusive(keys) as entries:
                     if self._rebind(group, path, entries):
+                        if wish is not None:
+                            self._residency.groups[group].wish = wish
                         return
             except KeyNotFoundError:
                 continue  # one was deleted meanwhile
@@ -56,8 +100,17 @@ class Rebinding(EntryTransfer):
                 if not self._tickets:
                     self._changed.wait()
 
-    def _rebind(self, group: str, path: PathName, entries: list[Entry]) -> bool:
-        """Moves a group whose entries the caller has for itself; False if these are not all."""
+    def _rebind(
+        self,
+        group: str,
+        path: PathName,
+        entries: Sequence[Entry],
+        operation: Operation | None = None,
+    ) -> bool:
+        """Moves a group whose entries the caller has for itself; False if these are not all.
+
+        With the `operation` that holds them others use them again while their pages are dropped.
+        """
         with self._lock:
             bound = self._residency.groups[group]
             if bound.tensors != len(entries) or any(entry.group != group for entry in entries):
@@ -73,8 +126,13 @@ class Rebinding(EntryTransfer):
                 )
             # Before the pages go: what is put from now on takes the new path.
             self._residency.move(group, path)
+            if operation is not None and path == "direct":
+                # No buffered read or write of them is under way. What is read and written past the
+                # page cache agrees with what is still in it: the kernel sees to that.
+                self._share(operation)
         try:
             for entry in entries:
+                self._resident.pop(entry, None)
                 if entry.layout.extent_bytes:
                     self._paths[path].enter(entry.offset, entry.layout.extent_bytes)
         except BaseException:
@@ -87,6 +145,75 @@ class Rebinding(EntryTransfer):
         """Makes room in the memory budget for groups that are about to grow."""
         for group in groups:
             try:
-                self.set_path(group, "direct")
+                self._bind(group, "direct")
             except KeyNotFoundError:
                 continue  # deleted meanwhile
+
+    # ---- many at once -----------------------------------------------------------------------
+
+    def _survey(self) -> Survey:
+        with self._lock:
+            self._check_open()
+            entries = list(self._index.entries.values())
+            groups = list(self._residency.groups.items())
+        # Without the lock from here on: whoever moves a group looks at it once more.
+        members: dict[str, list[Entry]] = {}
+        for entry in entries:
+            members.setdefault(entry.group, []).append(entry)
+        candidates = []
+        for name, group in groups:
+            own = members.get(name, ())
+            is_empty = group.tensors == len(own) and not any(
+                entry.users or entry.stored or entry.held for entry in own
+            )
+            candidates.append(
+                Candidate(name, group.size_bytes, group.path, is_empty, wish=group.wish)
+            )
+        return Survey(candidates, members)
+
+    def _move_if_idle(self, group: str, path: PathName, entries: Sequence[Entry]) -> bool:
+        """Moves a group if nobody uses it at this moment, and there is room; whether it did."""
+        if path == "direct":
+            pagecache = self._paths["pagecache"]
+            assert isinstance(pagecache, PageCachePath)
+            for entry in entries:
+                pagecache.write_back(entry.offset, entry.stored)
+        with self._idle(group, entries) as operation:
+            if operation is None:
+                return False
+            try:
+                return self._rebind(group, path, entries, operation)
+            except ValueError:  # others have taken the room meanwhile
+                return False
+
+    def _make_room(self) -> int:
+        """Moves groups to the direct path until the others fit into the budget; how many.
+
+        Those that are in use come last; then their users wait for it.
+        """
+        residency = self._residency
+        found = self._survey()
+        busy = plan_moves(found.candidates, residency.budget_bytes, residency.binding).to_direct
+        moved = 0
+        until_s = time.monotonic() + BUSY_S
+        while busy and residency.pagecache_bytes > residency.budget_bytes:
+            again = []
+            for group in busy:
+                if residency.pagecache_bytes <= residency.budget_bytes:
+                    break
+                if self._move_if_idle(group, "direct", found.members.get(group, ())):
+                    moved += 1
+                else:
+                    again.append(group)
+            busy = again
+            if busy and time.monotonic() < until_s:
+                self._settle_finished()
+                with self._lock:
+                    self._changed.wait(BUSY_S / 10)
+            elif busy:
+                try:
+                    self._bind(busy.pop(0), "direct")
+                    moved += 1
+                except KeyNotFoundError:
+                    continue  # deleted meanwhile
+        return moved

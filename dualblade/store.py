@@ -1,8 +1,8 @@
 """TensorStore: tensors by key, each in one contiguous extent of one device.
 
 How threads keep out of each other's way is in access.py, how bytes move in transfer.py, how groups
-change their path in rebinding.py, what is known of a tensor in entry.py and index.py; here is what
-callers ask for.
+change their path in rebinding.py and watcher.py, what is known of a tensor in entry.py and
+index.py; here is what callers ask for.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from typing import Any
 from dualblade import _core, tensor
 from dualblade.access import IS_EXCLUSIVE, Operation, inside, rows_of
 from dualblade.catalog import Catalog, Record
-from dualblade.entry import Entry, Layout, ReadPlan, TensorInfo, layout_of, take_checksums
+from dualblade.entry import Entry, Layout, ReadPlan, TensorInfo, layout_of
 from dualblade.errors import CorruptionError, DeviceError, KeyNotFoundError, UnsupportedError
 from dualblade.index import Index
-from dualblade.rebinding import Rebinding
 from dualblade.residency import PathName, Residency
 from dualblade.ticket import Ticket
-from dualblade.transfer import COPY_BYTES, SUBMIT_REQUESTS, drain
+from dualblade.transfer import COPY_BYTES, SUBMIT_REQUESTS, Written, drain
+from dualblade.watcher import Watching
 
 IS_FULL = operator.attrgetter("is_full")
 
 
-class TensorStore(Rebinding):
+class TensorStore(Watching):
     """Tensors on one file or block device, or striped over several. Made by `dualblade.open`; safe
     for many threads.
 
@@ -278,7 +278,11 @@ class TensorStore(Rebinding):
                 version = self._index.version
                 changed, deleted = self._index.take_changes()
             records = self._persist_all(changed)
+            if self._write_back is not None:
+                self._write_back.flush_begins()
             self._device.flush()
+            if self._write_back is not None:
+                self._write_back.flush_ended()
             with self._lock:
                 is_clean = version == self._index.version
                 self._catalog.commit(records, deleted, clean=is_clean)
@@ -319,6 +323,7 @@ class TensorStore(Rebinding):
                     name: {"path": group.path, "size_bytes": group.size_bytes}
                     for name, group in self._residency.groups.copy().items()
                 },
+                "residency": self._residency_stats(),
                 "paths": self._device.stats(),
             }
 
@@ -378,6 +383,7 @@ class TensorStore(Rebinding):
         with contextlib.ExitStack() as stack:  # whatever goes wrong with one, the rest is done
             stack.callback(self._say_closed)
             stack.callback(self._device.close)
+            stack.callback(self._stop_threads)
             self._catalog.close()
 
     def _say_closed(self) -> None:
@@ -429,13 +435,12 @@ class TensorStore(Rebinding):
         operation = Operation()
         memory = [memory for memory, _, _ in tensors.values()]
         completions: list[_core.Completion] = []
-        written: list[tuple[list[Entry], bytearray]] = []
+        written: list[Written] = []
 
         def finish(error: BaseException | None) -> None:
             if error is not None:
                 raise error
-            for some, checksums in written:
-                take_checksums(some, checksums)
+            self._finish_writes(written)
             operation.is_written = True  # so that the end publishes them
 
         ticket = Ticket(completions, finish, partial(self._end_in_turn, operation))
@@ -507,6 +512,8 @@ class TensorStore(Rebinding):
             self._index.place(entries, self._residency, one_run=one_run)
             if crowded:
                 self._index.discard(entries, self._residency)
+            else:
+                self._keep_freed(entries)
             return crowded
 
     def _layout(self, shape: tuple[int, ...], dtype: str) -> Layout:

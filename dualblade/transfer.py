@@ -6,24 +6,27 @@ Every method here is called by an operation that holds its entries (access.py).
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
 from dualblade import _core, tensor
 from dualblade.access import EntryAccess
 from dualblade.catalog import Catalog
-from dualblade.entry import CHECKSUM_BYTES, Entry, ReadPlan
+from dualblade.entry import CHECKSUM_BYTES, Entry, ReadPlan, take_checksums
 from dualblade.errors import CorruptionError
 from dualblade.index import Index
 from dualblade.paths import Request, open_paths
 from dualblade.residency import PathName, Residency
+from dualblade.writeback import WriteBack
 
 SUBMIT_REQUESTS = 64
 """So many are handed over at a time: the device works on the first while others are prepared."""
 COPY_BYTES = 4 << 20
 """How much of a tensor is in memory at a time while it moves to another extent."""
+WRITE_PART_BYTES = 8 << 20
+"""Of a write to the page cache so much is made dirty before it is written back and more follows."""
 
 
 class EntryTransfer(EntryAccess):
@@ -41,6 +44,8 @@ class EntryTransfer(EntryAccess):
         super().__init__(index, catalog, residency)
         self._device = device
         self._paths = open_paths(device)
+        self._write_back: WriteBack | None = None
+        """Where there is one, it is told of all that is written into the page cache."""
         self._verify = verify
         self._corruptions = 0
 
@@ -63,10 +68,10 @@ class EntryTransfer(EntryAccess):
 
     def _start_writes(
         self, writes: Iterable[tuple[Entry, Any]], completions: list[_core.Completion]
-    ) -> list[tuple[list[Entry], bytearray]]:
+    ) -> list[Written]:
         """Starts writing whole entries, `(entry, memory)`; adds to `completions` as it goes.
 
-        What it returns is for `take_checksums` once all have been written.
+        What it returns is for `_finish_writes` once all have been written.
         """
         written = []
         for name, members in self._by_path(writes).items():
@@ -75,9 +80,20 @@ class EntryTransfer(EntryAccess):
                 entries = [entry for entry, _ in part]
                 requests = [(entry.offset, memory) for entry, memory in part]
                 checksums = bytearray(sum([entry.layout.checksums_bytes for entry in entries]))
+                if self._write_back is not None and name == "pagecache":
+                    self._write_back.admit(sum([entry.layout.nbytes for entry in entries]))
                 completions.append(self._paths[name].write(requests, checksums))
-                written.append((entries, checksums))
+                written.append(Written(name, entries, checksums))
         return written
+
+    def _finish_writes(self, written: Iterable[Written]) -> None:
+        """Takes in that whole entries have been written."""
+        for path, entries, checksums in written:
+            take_checksums(entries, checksums)
+            if self._write_back is not None and path == "pagecache":
+                self._write_back.written(
+                    [(entry.offset, entry.layout.extent_bytes) for entry in entries]
+                )
 
     def _by_path(
         self, members: Iterable[tuple[Entry, Any]]
@@ -94,8 +110,17 @@ class EntryTransfer(EntryAccess):
         try:
             for name, members in self._by_path(writes).items():
                 requests = [request for _, request in members]
-                if requests:
+                if not requests:
+                    continue
+                if self._write_back is None or name == "direct":
                     completions.append(self._paths[name].write(requests, None))
+                    continue
+                for part in parts_of(requests, WRITE_PART_BYTES):
+                    ranges = [(offset, len(data)) for offset, data in part]
+                    self._write_back.admit(sum([length for _, length in ranges]))
+                    completions.append(self._paths[name].write(part, None))
+                    completions[-1].wait()
+                    self._write_back.written(ranges)
             wait_all(completions)
         except BaseException:
             drain(completions)
@@ -208,6 +233,31 @@ class EntryTransfer(EntryAccess):
             data = self._read_bytes(entry, start, min(start + COPY_BYTES, stored))
             self._write([(copy, (copy.offset + start, data))])
         copy.rows, copy.stored, copy.held, copy.checksums = entry.rows, stored, held, checksums
+
+
+class Written(NamedTuple):
+    """Entries that are being written whole on a path, and where their checksums will be."""
+
+    path: PathName
+    entries: list[Entry]
+    checksums: bytearray
+
+
+def parts_of(requests: Iterable[Request], part_bytes: int) -> Iterator[list[Request]]:
+    """Requests of bytes in their order, cut and put together to parts of at most so many bytes."""
+    part: list[Request] = []
+    room = part_bytes
+    for offset, data in requests:
+        view = memoryview(data)
+        for start in range(0, len(view), part_bytes):
+            piece = view[start : start + part_bytes]
+            if len(piece) > room:
+                yield part
+                part, room = [], part_bytes
+            part.append((offset + start, piece))
+            room -= len(piece)
+    if part:
+        yield part
 
 
 def wait_all(completions: Iterable[_core.Completion]) -> None:

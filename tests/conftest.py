@@ -6,6 +6,7 @@ import contextlib
 import errno
 import gc
 import os
+import threading
 from collections import Counter, defaultdict
 from typing import TYPE_CHECKING
 
@@ -49,19 +50,25 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 @pytest.fixture(autouse=True)
 def leak_check(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After each test the C core holds no more devices, requests or buffers than before it."""
-    from dualblade import _core
-
-    before = _core.counters()
+    """After each test the C core holds no more devices, requests or buffers than before it, and
+    no thread of ours goes on."""
+    before = live()
     failures = request.session.testsfailed
     yield
     if request.session.testsfailed > failures:
         return  # the report's traceback keeps alive what the test had
     request.node.funcargs.clear()  # so does pytest, until the next test
-    if grown(before, _core.counters()):
+    if grown(before, live()):
         gc.collect()  # what only a cycle keeps alive is no leak
-    leaked = grown(before, _core.counters())
-    assert not leaked, f"the test left these open in the C core: {leaked}"
+    leaked = grown(before, live())
+    assert not leaked, f"the test left these open: {leaked}"
+
+
+def live() -> dict[str, int]:
+    from dualblade import _core
+
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith("dualblade-")]
+    return _core.counters() | {"threads": len(ours)}
 
 
 def grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:

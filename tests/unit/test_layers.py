@@ -23,14 +23,15 @@ LAYERS = (
     {"kvlayer"},  # this and the next line are KVCache's parts
     {"buffer_pool"},
     {"store"},
-    {"rebinding"},  # this and the next three lines are the store's parts
+    {"watcher"},  # this and the next four lines are the store's parts
+    {"rebinding"},
     {"transfer"},
     {"access"},
     {"index"},
-    {"residency", "catalog", "pipeline", "ticket"},
+    {"residency", "catalog", "governor", "pipeline", "ticket"},
     {"entry"},
     {"safety"},
-    {"paths", "memory", "gpu", "header"},
+    {"paths", "memory", "gpu", "header", "writeback"},
     {"cgroups"},
     {"_core", "tensor", "kernelfile"},
     {"errors"},

@@ -85,7 +85,8 @@ def test_groups_that_grow_together_are_crowded_together() -> None:
 
 
 def test_the_first_groups_that_fit_are_page_cached(path: Path) -> None:
-    with dualblade.open(path, size="32MiB", memory="4MiB") as store:
+    bound: Any = {"binding": "head", "live": False}
+    with dualblade.open(path, size="32MiB", memory="4MiB", **bound) as store:
         store.put("a", noise(2 * MIB))
         store.put("too big", noise(3 * MIB))
         store.put("b", noise(MIB))
@@ -99,9 +100,9 @@ def test_the_first_groups_that_fit_are_page_cached(path: Path) -> None:
         assert stats["pagecache_bytes"] == stats["memory_budget_bytes"] == 4 * MIB
         assert store.memory_budget == 4 * MIB
         before = paths(store)
-    with dualblade.open(path, memory="4MiB") as store:
+    with dualblade.open(path, memory="4MiB", **bound) as store:
         assert paths(store) == before
-    with dualblade.open(path, memory="1MiB") as store:
+    with dualblade.open(path, memory="1MiB", **bound) as store:
         assert [key for key, side in paths(store).items() if side == "pagecache"] == ["b"]
 
 

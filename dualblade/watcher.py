@@ -1,0 +1,308 @@
+"""Following the memory: a thread that binds groups anew as what is free goes up and down."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from dualblade.entry import Entry
+from dualblade.errors import ClosedError, UnsupportedError
+from dualblade.governor import Governor
+from dualblade.memory import MemoryWatch
+from dualblade.rebinding import Rebinding, Survey
+from dualblade.residency import plan_moves
+from dualblade.writeback import WriteBack
+
+INTERVAL_S = 0.1
+"""Between two looks at the memory: a program can touch some hundred megabytes meanwhile, which the
+kernel takes from clean page cache; more often would cost more than a percent of a core."""
+STABLE_S = 0.5
+"""Groups come back once none has come or gone for so long."""
+SPREAD_S = 5.0
+"""Groups change places for a better binding once nothing has moved for so long, one pair at a time:
+each is read from the drive once more."""
+SPREAD_MIN_BYTES = 1 << 20
+"""Where groups are smaller on average it is no use: their reads overlap in any order."""
+FILL_S = 0.05
+"""So much of an interval may go into moves that can wait."""
+PLAN_REST = 50
+"""After a plan so many times as long as it took pass before the next one that is not urgent."""
+CHECK_S = 0.0005
+"""Of each interval, for asking the kernel which pages of ours are in memory."""
+CHECK_MIN_BYTES = 64 << 10
+"""Smaller tensors are not asked for."""
+
+
+class Watcher:
+    """A thread that calls a method of an object again and again, as long as the object lives."""
+
+    def __init__(self, tick: Callable[[], bool], changed: threading.Condition) -> None:
+        """`tick` is a bound method, which returns whether to go on; `changed` a condition with a
+        reentrant lock, which is notified when the thread has ended."""
+        self._tick = weakref.WeakMethod(tick)
+        _watchers.add(self)
+        self._changed = changed
+        self._is_due = threading.Event()
+        self._is_running = False
+        self._thread = threading.Thread(target=self._run, name="dualblade-watcher", daemon=True)
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the object is gone."""
+        return self._tick() is None
+
+    def start(self) -> None:
+        """Starts the thread. RuntimeError where none can be had."""
+        self._is_running = True
+        try:
+            self._thread.start()
+        except BaseException:
+            self._is_running = False
+            raise
+
+    def stop(self) -> None:
+        """Ends the thread and returns when it has ended, unless it is this very thread."""
+        self._is_due.set()
+        if self._thread is threading.current_thread():
+            return
+        with self._changed:
+            # A signal handler may be here while the frame that it interrupted holds the lock:
+            # waiting gives that up, join() would not.
+            while self._is_running:
+                self._changed.wait()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._is_due.wait(INTERVAL_S):
+                tick = self._tick()
+                if tick is None or not tick():
+                    return
+                # Else this thread would keep the object alive, and be the one that closes it.
+                del tick
+        finally:
+            with self._changed:
+                self._is_running = False
+                self._changed.notify_all()
+
+
+_watchers: weakref.WeakSet[Watcher] = weakref.WeakSet()
+
+
+def join_orphans() -> None:
+    """At exit: waits for the threads whose object is gone. They end by themselves, but one of them
+    may be closing it just now."""
+    for watcher in list(_watchers):
+        if watcher.is_orphan:
+            watcher.stop()
+
+
+class Watching(Rebinding):
+    """Keeps the page-cached groups within the memory that is free, while the store is used."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._memory: MemoryWatch | None = None
+        self._governor: Governor | None = None
+        self._watcher: Watcher | None = None
+        self._moves: Counter[str] = Counter()
+        self._evicted_bytes = 0
+        self._problems = 0
+        self._last_problem = ""
+        self._groups_mark: tuple[int, ...] = ()
+        """Changes when groups come, go or move."""
+        self._changed_s = self._moved_s = self._plan_after_s = 0.0
+        self._filled: tuple[tuple[int, ...], int] = (), 0
+        """For which groups and which budget nothing more could come back."""
+        self._is_spread = False
+        self._checked: list[Entry] = []
+        self._check_next = 0
+        self._sources: dict[str, str] = {}
+
+    # ---- the threads' life --------------------------------------------------------------------
+
+    def follow_memory(self, memory: MemoryWatch, governor: Governor) -> None:
+        """From now on the budget is what the governor makes of the memory's samples. Called once;
+        RuntimeError if no thread can be had."""
+        self._memory, self._governor = memory, governor
+        self._index.freed = []
+        self._write_back = WriteBack(self._device, lambda: residency.budget_bytes)
+        residency = self._residency
+        self._write_back.start()
+        self._watcher = Watcher(self._tick, self._changed)
+        self._watcher.start()
+
+    def _stop_threads(self) -> None:
+        if self._watcher is not None:
+            self._watcher.stop()
+        if self._write_back is not None:
+            self._write_back.stop()
+        if self._memory is not None:
+            self._memory.close()
+
+    def forget_after_fork(self) -> None:
+        """In the child after a fork: the threads are the parent's too."""
+        super().forget_after_fork()
+        self._watcher = None
+        if self._write_back is not None:
+            self._write_back.forget_after_fork()
+        if self._memory is not None:
+            self._memory.close()
+
+    # ---- one look -----------------------------------------------------------------------------
+
+    def _tick(self) -> bool:
+        """Looks at the memory and does what follows. What goes wrong is tried again."""
+        try:
+            self._look(time.monotonic())
+        except ClosedError:
+            return False
+        except Exception as error:  # noqa: BLE001  the store goes on, and says what it was
+            self._problems += 1
+            self._last_problem = f"{type(error).__name__}: {error}"
+        return True
+
+    def _look(self, now_s: float) -> None:
+        memory, governor, residency = self._memory, self._governor, self._residency
+        assert memory is not None
+        assert governor is not None
+        assert self._write_back is not None
+        sample = memory.sample()
+        self._sources = sample.sources
+        evicted_bytes = self._find_evicted()
+        self._evicted_bytes += evicted_bytes
+        budget = governor.update(now_s, sample, residency.pagecache_bytes, evicted_bytes)
+        with self._lock:
+            self._check_open()
+            residency.budget_bytes = budget
+            self._pass_on_freed()
+            self._write_back.wake()
+            mark = (
+                len(residency.groups),
+                residency.pagecache_bytes,
+                self._index.extents.free_bytes,
+            )
+        if residency.pagecache_bytes > budget:
+            self._moves["direct"] += self._make_room()
+            self._moved_s, self._is_spread = now_s, False
+        elif mark != self._groups_mark:
+            self._groups_mark, self._changed_s, self._is_spread = mark, now_s, False
+        elif now_s - self._changed_s >= STABLE_S and now_s >= self._plan_after_s:
+            self._fill(now_s)
+
+    def _fill(self, now_s: float) -> None:
+        """Brings back what fits, and improves the binding when it is quiet."""
+        residency, governor = self._residency, self._governor
+        assert governor is not None
+        budget = residency.budget_bytes
+        is_known = self._filled[0] == self._groups_mark and budget <= self._filled[1]
+        is_quiet = now_s - max(self._moved_s, self._changed_s) >= SPREAD_S
+        if is_known and (self._is_spread or not is_quiet):
+            return
+        begin_s = time.perf_counter()
+        found = self._survey()
+        self._check_anew(found)
+        total = sum(group.size_bytes for group in found.candidates)
+        swaps = int(is_quiet and total >= SPREAD_MIN_BYTES * len(found.candidates))
+        moves = plan_moves(found.candidates, budget, residency.binding, swaps=swaps)
+        self._plan_after_s = now_s + PLAN_REST * (time.perf_counter() - begin_s)
+        if not (moves.to_direct or moves.to_pagecache):
+            self._filled, self._is_spread = (self._groups_mark, budget), is_quiet
+            return
+        until_s = begin_s + FILL_S
+        for path, names in (("direct", moves.to_direct), ("pagecache", moves.to_pagecache)):
+            for name in names:
+                if time.perf_counter() > until_s:
+                    return
+                if self._move_if_idle(name, path, found.members.get(name, ())):
+                    self._moves[path] += 1
+                    self._moved_s = now_s
+                    if path == "pagecache" and not swaps:
+                        governor.came_back(now_s)
+
+    def _pass_on_freed(self) -> None:
+        """Hands what was freed to the thread that drops it from the page cache."""
+        freed = self._index.freed
+        if freed and self._write_back is not None:
+            # In this order: an interrupt in between leaves them to be passed on twice.
+            self._write_back.freed(freed)
+            self._index.freed = []
+
+    def _keep_freed(self, entries: Iterable[Entry]) -> None:
+        """What is cached of extents that are given out again for the page cache may stay."""
+        if self._write_back is None:
+            return
+        self._pass_on_freed()
+        groups = self._residency.groups
+        self._write_back.reused(
+            [
+                (entry.offset, entry.layout.extent_bytes)
+                for entry in entries
+                if groups[entry.group].path == "pagecache"
+            ]
+        )
+
+    # ---- what of ours is in memory ------------------------------------------------------------
+
+    def _check_anew(self, found: Survey) -> None:
+        """From now on the entries that are page-cached by now are checked."""
+        entries = [
+            entry
+            for group in found.candidates
+            if group.path == "pagecache"
+            for entry in found.members.get(group.name, ())
+            if entry.layout.extent_bytes >= CHECK_MIN_BYTES
+        ]
+        known = self._resident
+        self._resident = {entry: known[entry] for entry in entries if entry in known}
+        self._checked = entries
+
+    def _find_evicted(self) -> int:
+        """Bytes that the kernel has taken of some page-cached entries since they were last seen."""
+        evicted_bytes = 0
+        until_s = time.perf_counter() + CHECK_S
+        groups = self._residency.groups
+        for _ in self._checked:
+            entry = self._checked[self._check_next % len(self._checked)]
+            self._check_next += 1
+            group = groups.get(entry.group)
+            if group is not None and group.path == "pagecache" and not entry.is_dead:
+                stored = entry.stored
+                try:
+                    cached_bytes, _ = self._device.cached_bytes(entry.offset, stored)
+                except UnsupportedError:
+                    self._checked = []
+                    break
+                evicted_bytes += max(0, min(self._resident.get(entry, 0), stored) - cached_bytes)
+                self._resident[entry] = cached_bytes
+            if time.perf_counter() > until_s:
+                break
+        return evicted_bytes
+
+    # ---- what it has done ---------------------------------------------------------------------
+
+    def _residency_stats(self) -> dict[str, Any]:
+        governor, write_back = self._governor, self._write_back
+        return {
+            "live": governor is not None,
+            "binding": self._residency.binding,
+            "budget_bytes": self._residency.budget_bytes,
+            "pagecache_bytes": self._residency.pagecache_bytes,
+            "resident_bytes": sum(self._resident.copy().values()),
+            "margin_bytes": governor.margin_bytes if governor else 0,
+            "grow_delay_s": governor.grow_delay_s if governor else 0.0,
+            "reason": governor.reason if governor else "bound once, when it was opened",
+            "sources": dict(self._sources),
+            "moves_to_direct": self._moves["direct"],
+            "moves_to_pagecache": self._moves["pagecache"],
+            "evicted_bytes": self._evicted_bytes,
+            "dirty_bytes": write_back.dirty_bytes if write_back else 0,
+            "dirty_waits": write_back.waits if write_back else 0,
+            "problems": self._problems + (write_back.errors if write_back else 0),
+            "last_problem": self._last_problem,
+        }

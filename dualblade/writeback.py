@@ -1,0 +1,305 @@
+"""Dirty pages: written back early, so that writers never meet the kernel's own throttling, and what
+freed extents have left in the page cache: dropped."""
+
+from __future__ import annotations
+
+import threading
+import time
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from dualblade import _core
+from dualblade.errors import ClosedError, DualbladeError
+
+DIRTY_MAX_BYTES = 64 << 20
+"""Above this a writer waits: what is dirty can't be reclaimed, and has to be written before its
+group can go direct. A drive writes so much in some tens of milliseconds."""
+DIRTY_PART = 8
+"""And above this part of the memory budget."""
+DIRTY_LEAST_BYTES = 1 << 20
+START_BYTES = 4 << 20
+"""So much is written at once: less would be many small writes between a decoder's reads."""
+START_AFTER_S = 1.0
+"""Or what there is after so long, so that a group that goes direct has little left to write."""
+BATCH_BYTES = 8 << 20
+"""At most so much is started before it is waited for what was started before."""
+NOTES_MAX = 64
+"""So many notes may lie there before the thread is woken for them."""
+ADMIT_LOOK_S = 0.05
+"""A writer that waits looks again after so long, whatever it was told."""
+
+
+class Ranges:
+    """Ranges of bytes, `(offset, length)`, disjoint and in order; those that touch are one."""
+
+    def __init__(self) -> None:
+        self.total_bytes = 0
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for start, stop in zip(self._starts, self._stops, strict=True):
+            yield start, stop - start
+
+    def add(self, offset: int, length: int) -> None:
+        """Adds a range, of which parts may be there already."""
+        if length <= 0:
+            return
+        start, stop = offset, offset + length
+        first = bisect_left(self._stops, start)
+        last = bisect_right(self._starts, stop)
+        if first < last:
+            start = min(start, self._starts[first])
+            stop = max(stop, self._stops[last - 1])
+        self._replace(first, last, [(start, stop)])
+
+    def remove(self, offset: int, length: int) -> None:
+        """Takes a range out, as far as it is there."""
+        if length <= 0 or not self._starts:
+            return
+        start, stop = offset, offset + length
+        first = bisect_right(self._stops, start)
+        last = bisect_left(self._starts, stop)
+        if first < last:
+            left = (self._starts[first], start)
+            right = (stop, self._stops[last - 1])
+            self._replace(first, last, [part for part in (left, right) if part[0] < part[1]])
+
+    def take(self, limit_bytes: int) -> list[tuple[int, int]]:
+        """Takes the first ranges out, of at most so many bytes together."""
+        taken = []
+        while self._starts and limit_bytes > 0:
+            start = self._starts[0]
+            length = min(self._stops[0] - start, limit_bytes)
+            self.remove(start, length)
+            taken.append((start, length))
+            limit_bytes -= length
+        return taken
+
+    def _replace(self, first: int, last: int, parts: Iterable[tuple[int, int]]) -> None:
+        parts = list(parts)
+        before = sum(self._stops[first:last]) - sum(self._starts[first:last])
+        self._starts[first:last] = [start for start, _ in parts]
+        self._stops[first:last] = [stop for _, stop in parts]
+        self.total_bytes += sum(stop - start for start, stop in parts) - before
+
+
+class WriteBack:
+    """A thread that writes dirty pages of a device back, and drops those of freed extents.
+
+    Any thread may call the methods, and none of them does I/O; without `start()` they do nothing.
+    An interrupt may come at any moment of them: all they do is to leave a note for the thread, in
+    one call, and the thread alone keeps the accounts.
+    """
+
+    def __init__(self, device: _core.Device, budget_bytes: Callable[[], int]) -> None:
+        self._device = device
+        self._budget_bytes = budget_bytes
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._thread: threading.Thread | None = None
+        self._is_stopped = False
+        self._is_running = False
+        self._notes: deque[tuple[Callable[..., None], int, Any]] = deque()
+        """What is to be called, the bytes that it makes dirty, and its argument."""
+        self._dirty = Ranges()
+        self._dirty_since_s = 0.0
+        self._is_urgent = False
+        """A writer waits."""
+        self._flushed: list[tuple[int, int]] = []
+        """What was dirty when the flush that is under way began."""
+        self._freed = Ranges()
+        self._noted_bytes = self._started_bytes = self._ending_bytes = 0
+        """Of the note that is being taken in; of what was started; of what is waited for."""
+        self.errors = 0
+        """How often the device refused. flush() of the device tells why."""
+        self.waits = 0
+        """How often a writer had to wait."""
+
+    # ---- the thread's life ------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Starts the thread. RuntimeError where none can be had."""
+        self._thread = threading.Thread(target=self._run, name="dualblade-writeback", daemon=True)
+        self._is_running = True
+        try:
+            self._thread.start()
+        except BaseException:
+            self._is_running, self._thread = False, None
+            raise
+
+    def stop(self) -> None:
+        """Ends the thread and returns when it has ended; what is dirty stays so."""
+        with self._lock:
+            self._is_stopped = True
+            self._changed.notify_all()
+            # A signal handler may be here while the frame that it interrupted holds the lock:
+            # waiting gives that up, join() would not.
+            while self._is_running:
+                self._changed.wait()
+        if self._thread is not None:
+            self._thread.join()
+
+    def forget_after_fork(self) -> None:
+        """In the child there is no thread, and the lock may be held by one."""
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
+        self._is_running, self._thread, self._is_stopped = False, None, True
+
+    # ---- what others tell -------------------------------------------------------------------
+
+    @property
+    def dirty_bytes(self) -> int:
+        """Written into the page cache and not known to be on the device."""
+        noted = self._noted_bytes + sum([length for _, length, _ in self._notes.copy()])
+        return noted + self._dirty.total_bytes + self._started_bytes + self._ending_bytes
+
+    def admit(self, length: int) -> None:
+        """Returns when a write of so many bytes may be made dirty."""
+        if not self._is_over(length):
+            return
+        self.waits += 1
+        with self._lock:
+            while self._is_over(length):
+                self._note(self._hurry)
+                self._changed.notify_all()
+                self._changed.wait(ADMIT_LOOK_S)
+
+    def _is_over(self, length: int) -> bool:
+        if not self._is_running or self._is_stopped:
+            return False
+        dirty_bytes = self.dirty_bytes
+        limit = min(DIRTY_MAX_BYTES, self._budget_bytes() // DIRTY_PART)
+        return dirty_bytes > 0 and dirty_bytes + length > max(limit, DIRTY_LEAST_BYTES)
+
+    def written(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """These ranges, `(offset, length)`, have been written into the page cache."""
+        self._note(self._add_dirty, sum([length for _, length in ranges]), ranges)
+        if len(self._notes) >= NOTES_MAX or self.dirty_bytes >= START_BYTES:
+            self.wake()
+
+    def freed(self, extents: Sequence[tuple[int, int]]) -> None:
+        """These extents, which were page-cached, have been freed."""
+        self._note(self._add_freed, 0, extents)
+
+    def reused(self, extents: Sequence[tuple[int, int]]) -> None:
+        """Extents were given out again for the page cache: what is there may stay."""
+        self._note(self._remove_freed, 0, extents)
+
+    def flush_begins(self) -> None:
+        """Called before a flush of the device."""
+        self._note(self._begin_flush)
+
+    def flush_ended(self) -> None:
+        """Called after a flush that succeeded: what was dirty before is not any more."""
+        is_known = threading.Event()
+        self._note(self._end_flush, 0, is_known)
+        with self._lock:
+            self._changed.notify_all()
+            while self._is_running and not is_known.is_set():
+                self._changed.wait()
+
+    def wake(self) -> None:
+        """The thread looks at what it was told, if it has been told anything."""
+        if self._notes:
+            with self._lock:
+                self._changed.notify_all()
+
+    def _note(self, call: Callable[..., None], length: int = 0, argument: Any = None) -> None:
+        if self._is_running:
+            self._notes.append((call, length, argument))
+
+    # ---- the thread -------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        started: list[tuple[int, int]] = []
+        try:
+            while True:
+                with self._lock:
+                    self._take_notes()
+                    while not (self._is_stopped or started or self._is_due()):
+                        self._changed.wait(self._sleep_s())
+                        self._take_notes()
+                    if self._is_stopped:
+                        return
+                    before, self._ending_bytes = started, self._started_bytes
+                    started = self._dirty.take(BATCH_BYTES) if self._is_dirty_due() else []
+                    self._started_bytes = sum([length for _, length in started])
+                    freed = [] if started else self._freed.take(BATCH_BYTES)
+                self._each(started, self._device.write_back)
+                self._each(before, partial(self._device.write_back, wait=True))
+                self._each(freed, self._device.drop_cached)
+                with self._lock:
+                    self._ending_bytes = 0
+                    self._changed.notify_all()
+        finally:
+            with self._lock:
+                self._is_running = False
+                self._changed.notify_all()
+
+    def _take_notes(self) -> None:
+        while self._notes:
+            call, self._noted_bytes, argument = self._notes.popleft()
+            call(argument)
+            self._noted_bytes = 0
+
+    def _add_dirty(self, ranges: Iterable[tuple[int, int]]) -> None:
+        if not self._dirty.total_bytes:
+            self._dirty_since_s = time.monotonic()
+        for offset, length in ranges:
+            self._dirty.add(offset, length)
+
+    def _add_freed(self, extents: Iterable[tuple[int, int]]) -> None:
+        for offset, length in extents:
+            self._dirty.remove(offset, length)
+            self._freed.add(offset, length)
+
+    def _remove_freed(self, extents: Iterable[tuple[int, int]]) -> None:
+        for offset, length in extents:
+            self._freed.remove(offset, length)
+
+    def _hurry(self, _: None) -> None:
+        self._is_urgent = True
+
+    def _begin_flush(self, _: None) -> None:
+        self._flushed = list(self._dirty)
+
+    def _end_flush(self, is_known: threading.Event) -> None:
+        # What was written anew meanwhile goes too: then the kernel writes it in its own time.
+        for offset, length in self._flushed:
+            self._dirty.remove(offset, length)
+        self._flushed = []
+        self._started_bytes = self._ending_bytes = 0
+        is_known.set()
+        self._changed.notify_all()
+
+    def _is_due(self) -> bool:
+        return self._is_dirty_due() or self._freed.total_bytes > 0
+
+    def _is_dirty_due(self) -> bool:
+        total = self._dirty.total_bytes
+        self._is_urgent = self._is_urgent and total > 0
+        return total > 0 and (
+            self._is_urgent
+            or total >= START_BYTES
+            or time.monotonic() - self._dirty_since_s >= START_AFTER_S
+        )
+
+    def _sleep_s(self) -> float | None:
+        if not self._dirty.total_bytes:
+            return None
+        return max(0.0, self._dirty_since_s + START_AFTER_S - time.monotonic())
+
+    def _each(self, ranges: Iterable[tuple[int, int]], call: Callable[[int, int], object]) -> None:
+        for offset, length in ranges:
+            try:
+                call(offset, length)
+            except ClosedError:
+                return
+            except DualbladeError:
+                # The device says it again to whoever flushes: what failed is lost to them, not to
+                # this thread, which goes on with the rest.
+                self.errors += 1
