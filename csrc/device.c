@@ -23,6 +23,9 @@ enum {
     THREADS_SUM_MAX = 256,
     /* A copy is spread over threads, and its checksum finds it in the processor's cache. */
     PAGECACHE_REQUEST_BYTES = 256 << 10,
+    /* The threads go on by themselves with what they have been given, and nobody may look after
+     * them while the drive is waited for: it is to last for more than what is read ahead. */
+    PAGECACHE_DEPTH = 256,
 };
 
 struct db_device {
@@ -182,13 +185,14 @@ static struct db_queue_config configure(const struct db_device *device, enum db_
         .engine = &db_engine_threads,
         .fds = fds,
         .stripes = device->stripes,
-        .depth = path == DB_PATH_DIRECT ? depth : 4 * threads,
+        .depth = path == DB_PATH_DIRECT ? depth : PAGECACHE_DEPTH,
         .threads = threads,
         .chunk_bytes = options->chunk_bytes,
         .request_bytes = request_bytes,
         .lba_bytes = direct ? device->geometry.lba_bytes : 1,
         .memory_align_bytes = direct ? device->geometry.memory_align_bytes : 1,
         .staging_bytes = direct ? options->staging_bytes : 0,
+        .is_buffered = !direct,
         .sqpoll = path == DB_PATH_DIRECT && options->sqpoll,
         .iopoll = path == DB_PATH_DIRECT && options->iopoll,
     };

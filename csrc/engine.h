@@ -42,7 +42,8 @@ struct db_request {
     bool prepared;
     bool busy;
 
-    struct iocb iocb; /* engine_aio.c */
+    uint32_t begun_bytes; /* engine_threads.c: moved so far of a read that met a gap */
+    struct iocb iocb;     /* engine_aio.c */
 };
 
 struct db_engine_config {
@@ -51,6 +52,7 @@ struct db_engine_config {
     uint32_t fd_count;
     uint32_t depth;   /* requests that can be in flight at once */
     uint32_t threads; /* engine_threads.c */
+    bool is_buffered; /* the files are reached through the page cache */
     bool sqpoll, iopoll; /* engine_uring.c */
     /* For engines with threads of their own: called there, without locks, before a request moves
      * and after its result is known, so that checksums and copies run beside each other. */
@@ -76,6 +78,9 @@ struct db_engine_ops {
      * requests it put into done, or -errno; -EINTR is a reason to call again. */
     int (*reap)(struct db_engine *engine, struct db_request **done, uint32_t least, uint32_t max,
                 int64_t timeout_ns);
+    /* Another thread waits now: reap() is to return with the first that is done. NULL where it does
+     * not sleep for long. */
+    void (*hurry)(struct db_engine *engine);
     /* Memory whose pages need not be looked up again for each request; slot < DB_REGIONS_MAX.
      * NULL where that does not exist. -ENOMEM: more than RLIMIT_MEMLOCK; -EOPNOTSUPP: an old
      * kernel; -EFAULT: not the process's memory. */

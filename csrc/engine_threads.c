@@ -1,7 +1,8 @@
 /* engine_threads.c - pread and pwrite from a small pool of threads.
  *
  * Works everywhere, and serves the page-cache path: a buffered read that hits is a copy, which the
- * threads make on several cores at once; one that misses blocks only its own thread. */
+ * threads make on several cores at once. One that misses is begun and laid aside while the thread
+ * goes on with the next: so a few threads copy what is there and keep the drive busy as well. */
 #define _GNU_SOURCE
 #include "clock.h"
 #include "engine.h"
@@ -10,7 +11,14 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
+#include <sys/uio.h>
 #include <unistd.h>
+
+enum {
+    /* Reads that the drive has been given and nobody waits for yet: as much as keeps it busy. */
+    BEGUN_MAX = 32,
+    READS_IN_ROW_MAX = 16, /* while writes wait */
+};
 
 struct list {
     struct db_request *first, **end;
@@ -22,8 +30,13 @@ struct db_engine {
     pthread_cond_t work; /* todo is not empty, or closing */
     pthread_cond_t done_some;
     struct list staged; /* queued, not yet committed; under the queue's lock */
-    struct list todo, done;
-    uint32_t staged_count;
+    struct list todo[2];     /* by direction: somebody computes with what a read brings */
+    struct list begun;       /* reads that missed, on their way into the page cache */
+    struct list done;
+    uint32_t staged_count, begun_count, done_count;
+    uint32_t reads_in_row;
+    uint32_t wanted;         /* reap() sleeps until so many are done; 0: nobody is there */
+    _Atomic bool can_begin;  /* the files' reads take RWF_NOWAIT, as far as is known */
     bool closing;
     uint32_t thread_count;
     pthread_t threads[];
@@ -51,33 +64,103 @@ static struct db_request *list_pop(struct list *list)
     return request;
 }
 
-static void move_bytes(struct db_engine *engine, struct db_request *request)
+/* Moves the rest of a request. What was moved before an error counts: the next try meets it. */
+static void move_rest(struct db_request *request)
 {
-    engine->config.before(request, engine->config.context);
-    ssize_t moved = request->direction == DB_READ
-                        ? pread(request->fd, request->buffer, request->length,
-                                (off_t)request->offset)
-                        : pwrite(request->fd, request->buffer, request->length,
-                                 (off_t)request->offset);
-    request->result = moved < 0 ? -errno : moved;
+    uint8_t *rest = (uint8_t *)request->buffer + request->begun_bytes;
+    size_t length = request->length - request->begun_bytes;
+    off_t offset = (off_t)(request->offset + request->begun_bytes);
+    ssize_t moved = request->direction == DB_READ ? pread(request->fd, rest, length, offset)
+                                                  : pwrite(request->fd, rest, length, offset);
+    if (moved >= 0)
+        request->result = request->begun_bytes + moved;
+    else
+        request->result = request->begun_bytes > 0 ? (int64_t)request->begun_bytes : -errno;
+}
+
+/* Copies what the page cache holds of a read up to the first gap, and has the gap filled. False:
+ * there is one, and the drive works on it. */
+static bool read_what_is_there(struct db_engine *engine, struct db_request *request)
+{
+    struct iovec rest = {request->buffer, request->length};
+    while (rest.iov_len > 0) {
+        off_t offset = (off_t)(request->offset + request->begun_bytes);
+        ssize_t moved = preadv2(request->fd, &rest, 1, offset, RWF_NOWAIT);
+        if (moved < 0 && errno == EAGAIN)
+            return false;
+        if (moved < 0 && errno == EOPNOTSUPP)
+            engine->can_begin = false;
+        if (moved <= 0) { /* the plain read says what it is */
+            move_rest(request);
+            return true;
+        }
+        request->begun_bytes += (uint32_t)moved;
+        rest.iov_base = (uint8_t *)rest.iov_base + moved;
+        rest.iov_len -= (size_t)moved;
+    }
+    request->result = request->begun_bytes;
+    return true;
+}
+
+/* False: the request is begun, and its thread may do something else meanwhile. */
+static bool move_bytes(struct db_engine *engine, struct db_request *request, bool is_begun)
+{
+    bool may_begin = !is_begun && request->direction == DB_READ && engine->can_begin;
+    if (!is_begun) {
+        request->begun_bytes = 0;
+        engine->config.before(request, engine->config.context);
+    }
+    if (!may_begin)
+        move_rest(request);
+    else if (!read_what_is_there(engine, request))
+        return false;
     engine->config.after(request, engine->config.context);
+    return true;
+}
+
+/* The next request (lock held), and whether it was begun before; NULL when there is none. */
+static struct db_request *next_request(struct db_engine *engine, bool *is_begun)
+{
+    struct list *reads = &engine->todo[DB_READ], *writes = &engine->todo[DB_WRITE];
+    *is_begun = false;
+    if (writes->first && (!reads->first || engine->reads_in_row >= READS_IN_ROW_MAX)) {
+        engine->reads_in_row = 0;
+        return list_pop(writes);
+    }
+    if (reads->first && engine->begun_count < BEGUN_MAX) {
+        engine->reads_in_row++;
+        return list_pop(reads);
+    }
+    if (!engine->begun.first)
+        return NULL;
+    *is_begun = true;
+    engine->begun_count--;
+    return list_pop(&engine->begun);
 }
 
 static void *worker(void *argument)
 {
     struct db_engine *engine = argument;
+    struct db_request *request;
+    bool is_begun;
     pthread_mutex_lock(&engine->lock);
     for (;;) {
-        while (!engine->todo.first && !engine->closing)
+        while (!(request = next_request(engine, &is_begun)) && !engine->closing)
             pthread_cond_wait(&engine->work, &engine->lock);
-        if (!engine->todo.first)
+        if (!request)
             break;
-        struct db_request *request = list_pop(&engine->todo);
         pthread_mutex_unlock(&engine->lock);
-        move_bytes(engine, request);
+        bool is_done = move_bytes(engine, request, is_begun);
         pthread_mutex_lock(&engine->lock);
-        list_push(&engine->done, request);
-        pthread_cond_signal(&engine->done_some);
+        if (is_done) {
+            list_push(&engine->done, request);
+            engine->done_count++;
+            if (engine->wanted > 0 && engine->done_count >= engine->wanted)
+                pthread_cond_signal(&engine->done_some);
+        } else {
+            list_push(&engine->begun, request);
+            engine->begun_count++;
+        }
     }
     pthread_mutex_unlock(&engine->lock);
     return NULL;
@@ -86,7 +169,7 @@ static void *worker(void *argument)
 static void threads_close(struct db_engine *engine)
 {
     pthread_mutex_lock(&engine->lock);
-    assert(!engine->todo.first);
+    assert(!engine->todo[DB_READ].first && !engine->todo[DB_WRITE].first && !engine->begun.first);
     engine->closing = true;
     pthread_cond_broadcast(&engine->work);
     pthread_mutex_unlock(&engine->lock);
@@ -121,8 +204,11 @@ static int threads_open(const struct db_engine_config *config, struct db_engine 
     if (!engine)
         return -ENOMEM;
     engine->config = *config;
+    engine->can_begin = config->is_buffered;
     list_init(&engine->staged);
-    list_init(&engine->todo);
+    list_init(&engine->todo[DB_READ]);
+    list_init(&engine->todo[DB_WRITE]);
+    list_init(&engine->begun);
     list_init(&engine->done);
     pthread_mutex_init(&engine->lock, NULL);
     pthread_cond_init(&engine->work, NULL);
@@ -151,14 +237,15 @@ static uint32_t threads_commit(struct db_engine *engine)
     if (!engine->staged.first)
         return 0;
     pthread_mutex_lock(&engine->lock);
-    *engine->todo.end = engine->staged.first;
-    engine->todo.end = engine->staged.end;
+    while (engine->staged.first) {
+        struct db_request *request = list_pop(&engine->staged);
+        list_push(&engine->todo[request->direction], request);
+    }
     if (engine->staged_count > 1)
         pthread_cond_broadcast(&engine->work);
     else
         pthread_cond_signal(&engine->work);
     pthread_mutex_unlock(&engine->lock);
-    list_init(&engine->staged);
     engine->staged_count = 0;
     return 1;
 }
@@ -166,19 +253,31 @@ static uint32_t threads_commit(struct db_engine *engine)
 static int threads_reap(struct db_engine *engine, struct db_request **done, uint32_t least,
                         uint32_t max, int64_t timeout_ns)
 {
-    (void)least; /* what is here is finished already: collecting more would only save wake-ups */
     int64_t deadline_ns = timeout_ns < 0 ? INT64_MAX : db_deadline_ns(timeout_ns);
     struct timespec until = {deadline_ns / 1000000000, deadline_ns % 1000000000};
     uint32_t count = 0;
     int rc = 0;
     pthread_mutex_lock(&engine->lock);
-    while (!engine->done.first && timeout_ns != 0 && rc != ETIMEDOUT)
+    engine->wanted = least;
+    while (engine->done_count < engine->wanted && timeout_ns != 0 && rc != ETIMEDOUT)
         rc = timeout_ns < 0 ? pthread_cond_wait(&engine->done_some, &engine->lock)
                             : pthread_cond_timedwait(&engine->done_some, &engine->lock, &until);
+    engine->wanted = 0;
     while (engine->done.first && count < max)
         done[count++] = list_pop(&engine->done);
+    engine->done_count -= count;
     pthread_mutex_unlock(&engine->lock);
     return (int)count;
+}
+
+static void threads_hurry(struct db_engine *engine)
+{
+    pthread_mutex_lock(&engine->lock);
+    if (engine->wanted > 1) {
+        engine->wanted = 1;
+        pthread_cond_signal(&engine->done_some);
+    }
+    pthread_mutex_unlock(&engine->lock);
 }
 
 static void threads_abandon(struct db_engine *engine)
@@ -193,6 +292,7 @@ const struct db_engine_ops db_engine_threads = {
     .queue = threads_queue,
     .commit = threads_commit,
     .reap = threads_reap,
+    .hurry = threads_hurry,
     .close = threads_close,
     .abandon = threads_abandon,
 };

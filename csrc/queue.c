@@ -217,12 +217,20 @@ static bool count_seen(struct db_queue *queue, struct db_request *const *done, i
     return has_work && !queue->config.engine->has_threads;
 }
 
-/* How many completions are worth waiting for, to a thread that waits for this batch alone. */
+/* How many completions are worth waiting for, to a thread that waits for this batch alone. Threads
+ * of the engine's own leave nothing to be done with them, as long as there is more to do. */
 static uint32_t least_to_reap(const struct db_queue *queue, const struct db_batch *batch)
 {
-    uint32_t least = batch && queue->followers == 0 ? batch->in_flight / REAP_LEAST_OF : 0;
-    if (least > REAP_LEAST_MAX)
-        return REAP_LEAST_MAX;
+    if (!batch || queue->followers > 0)
+        return 1;
+    uint32_t most = REAP_LEAST_MAX;
+    uint32_t least = batch->in_flight / REAP_LEAST_OF;
+    if (queue->config.engine->has_threads) {
+        most = REAP_MAX;
+        least = batch->issued ? batch->in_flight : batch->in_flight / 2;
+    }
+    if (least > most)
+        return most;
     return least > 0 ? least : 1;
 }
 
@@ -287,7 +295,8 @@ void db_queue_submit(struct db_queue *queue, struct db_batch *batch)
 static int wait_for_leader(struct db_queue *queue, int64_t deadline_ns)
 {
     struct timespec until = {deadline_ns / 1000000000, deadline_ns % 1000000000};
-    queue->followers++;
+    if (queue->followers++ == 0 && queue->config.engine->hurry)
+        queue->config.engine->hurry(queue->engine);
     int rc = deadline_ns == INT64_MAX
                  ? pthread_cond_wait(&queue->changed, &queue->lock)
                  : pthread_cond_timedwait(&queue->changed, &queue->lock, &until);
@@ -453,6 +462,7 @@ int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
             .fd_count = config->stripes.member_count,
             .depth = config->depth,
             .threads = config->threads,
+            .is_buffered = config->is_buffered,
             .sqpoll = config->sqpoll,
             .iopoll = config->iopoll,
             .before = db_piece_prepare,

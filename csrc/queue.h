@@ -16,6 +16,7 @@ struct db_queue_config {
     uint32_t lba_bytes;          /* 1 where any length and offset will do */
     uint32_t memory_align_bytes; /* 1 where any address will do */
     uint64_t staging_bytes;      /* 0 where nothing is ever staged */
+    bool is_buffered;            /* reached through the page cache */
     bool sqpoll, iopoll;
 };
 
