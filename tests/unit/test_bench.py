@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,7 +139,103 @@ def test_stripes_compares_one_with_two(tmp_path):
             assert (row["ratio_to_one"] is None) == row["contender"].endswith("one")
 
 
-@pytest.mark.parametrize("name", ["engine.py", "ops.py", "stripes.py"])
+# ---- decoding under a memory limit ---------------------------------------------------------------
+
+POLICIES = ["memmap", "fadvise", "pread", "uring", "direct", "static", "live-spread", "live-head"]
+
+
+@pytest.mark.slow
+def test_budget_has_a_row_for_every_policy(tmp_path, memory_cgroup):
+    memory_cgroup(64 << 20)  # skips where there are none
+    table, found = measure(tmp_path, "budget.py")
+    assert [row["policy"] for row in found["rows"]] == POLICIES
+    for row in found["rows"]:
+        assert row["label"] in table
+        assert row["error"] is None
+        for name in ("step_ms", "prefill_s", "piece_ms"):
+            assert_positive(row[name])
+        assert 0 < row["peak_bytes"] <= row["limit_bytes"]
+        if shutil.which("fio"):
+            assert_positive(row["to_floor"])
+    rows = {row["policy"]: row for row in found["rows"]}
+    for name in ("uring", "direct"):  # past the page cache: all of it comes from the drive
+        assert abs(rows[name]["hit_rate"]) < 0.05
+    assert rows["memmap"]["per_step"]["limit_hits"] > 0
+    assert {target["what"] for target in found["targets"]} >= {"p99 over p50"}
+
+
+def test_budget_measures_what_is_named(tmp_path, memory_cgroup):
+    memory_cgroup(64 << 20)
+    arguments = ("--shape", "opt", "--budgets", "140,120", "--policies", "pread,direct")
+    _, found = measure(tmp_path, "budget.py", *arguments)
+    named = [(row["shape"], row["percent"], row["policy"]) for row in found["rows"]]
+    budgets = [("opt", percent) for percent in (120, 140)]
+    assert named == [(*place, policy) for place in budgets for policy in ("pread", "direct")]
+    by_place = {(row["percent"], row["policy"]): row for row in found["rows"]}
+    assert by_place[140, "pread"]["hit_rate"] > 0.9  # everything fits
+    assert by_place[140, "direct"]["hit_rate"] < 0.05
+
+
+def test_a_policy_that_is_killed_is_a_row(tmp_path, memory_cgroup):
+    memory_cgroup(64 << 20)
+    _, found = measure(tmp_path, "budget.py", "--budgets", "8", "--policies", "pread")
+    assert "killed" in found["rows"][0]["error"]
+
+
+def test_shrink_says_how_a_falling_limit_is_survived(tmp_path, memory_cgroup):
+    memory_cgroup(64 << 20)
+    table, found = measure(tmp_path, "shrink.py", "--policies", "live-spread,memmap")
+    assert [row["policy"] for row in found["rows"]] == ["live-spread", "memmap"]
+    high, low = (found["kv_bytes"] * percent // 100 for percent in found["percent"][:2])
+    for row in found["rows"]:
+        assert row["label"] in table
+        assert row["error"] is None
+        limits = [sample["limit_bytes"] for sample in row["samples"]]
+        assert limits[0] == limits[-1] == high
+        assert min(limits) == low
+        assert all(row[name]["worst_ms"] > 0 for name in ("fall", "rise"))
+    assert {target["where"] for target in found["targets"]} == {"dualblade live, spread"}
+
+
+COUNTS = """
+import sys
+from decode import Counters
+from policies import Job
+
+job = Job("memmap", sys.argv[1], "llama", 1, 1, 1, 0, sys.argv[2])
+counters = Counters(job)
+found = counters.sample()
+assert (found["limit_hits"], found["refault_pages"], found["direct_reclaim_pages"]) == (7, 5, 9)
+assert found["stall_ms"] == 12.345, found
+assert counters.unreclaimable_bytes() == 1000 + 200 + 30
+"""
+
+
+def test_the_counts_of_a_version_2_group_are_found(tmp_path):
+    files = {
+        "memory.stat": "anon 1000\nfile 400\nkernel 30\nshmem 200\nworkingset_refault_file 5\n"
+        "pgscan_direct 9\n",
+        "memory.events": "low 0\nhigh 3\nmax 7\noom 0\noom_kill 0\n",
+        "memory.pressure": "some avg10=0.00 avg60=0.00 total=12345\nfull avg10=0.00 total=1",
+        "memory.max": "1048576\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    command = [sys.executable, "-c", COUNTS, str(tmp_path / "memory.max"), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'bench'}"}
+    subprocess.run(command, env=environment, check=True)
+
+
+@pytest.mark.parametrize("name", ["budget.py", "shrink.py"])
+def test_limited_benchmarks_refuse_wrong_options(tmp_path, name):
+    for arguments in (("--policies", "nobody"), ("--kv", "1MiB"), ("--steps", "0")):
+        done = bench(tmp_path, name, *arguments)
+        assert done.returncode == 2
+        assert arguments[0] in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["engine.py", "ops.py", "stripes.py", "budget.py", "shrink.py"])
 def test_help_has_examples(tmp_path, name):
     done = bench(tmp_path, name, "--help")
     assert done.returncode == 0
