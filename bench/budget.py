@@ -72,7 +72,7 @@ class Bench:
         tokens = options.kv // (2 * options.layers * row_bytes)
         steps = options.warmup + options.steps + 2  # two run in again after a probe
         prompt = max(1, tokens - steps + options.steps // 2)
-        limit_bytes = options.kv * percent // 100 // 4096 * 4096
+        limit_bytes = lockstep.percent_of(options.kv, percent)
         return Job(
             policy, self.path, shape, options.layers, prompt + steps, prompt, limit_bytes, ""
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import signal
 import subprocess
@@ -109,6 +110,16 @@ def decoding(job: Job) -> Iterator[Decode]:
         finally:
             process.close()
             forget_catalog(job.path)
+
+
+def percent_of(kv_bytes: int, percent: int) -> int:
+    """A limit, in bytes: so much of the KV."""
+    return whole_pages(kv_bytes * percent // 100)
+
+
+def whole_pages(size_bytes: int) -> int:
+    """A limit as the kernel keeps it."""
+    return size_bytes // mmap.PAGESIZE * mmap.PAGESIZE
 
 
 def no_group() -> str | None:

@@ -20,6 +20,7 @@ import machine
 import report
 from decode import fields, number_in
 from floor import paper_room
+from lockstep import percent_of, whole_pages
 from policies import LIVE, POLICIES, SHAPES, Job
 
 import dualblade
@@ -105,8 +106,10 @@ class Change(threading.Thread):
 def measure(job: Job, options: argparse.Namespace) -> dict[str, Any]:
     """One policy through all three phases."""
     row: dict[str, Any] = {"policy": job.policy, "label": POLICIES[job.policy].label, "error": None}
-    high, low = job.limit_bytes, options.kv * options.low // 100
-    falling = [high - (high - low) * n // options.falls for n in range(1, options.falls + 1)]
+    high, low = job.limit_bytes, percent_of(options.kv, options.low)
+    falling = [
+        whole_pages(high - (high - low) * n // options.falls) for n in range(1, options.falls + 1)
+    ]
     rising = [*falling[-2::-1], high]
     try:
         with lockstep.decoding(job) as child:
@@ -231,7 +234,7 @@ def run(path: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     tokens = options.kv // (2 * options.layers * row_bytes)
     steps = options.warmup + 3 * options.steps
     prompt = tokens - steps // 2
-    limit_bytes = options.kv * options.high // 100
+    limit_bytes = percent_of(options.kv, options.high)
     rows = []
     for number in range(options.rounds):
         for policy in options.policies:
