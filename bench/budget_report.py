@@ -25,6 +25,8 @@ MEMMAP_BUDGET = 87
 FAULTS_MAX = 8
 REFAULTED_MAX = 0.01
 """Of the KV, in a step: what had been cached and had to be read again."""
+STRANGE_MAX = 0.03
+"""Of the KV, in a step: what is read from the drive by others before the table mentions it."""
 
 COUNTS = (
     "cpu_s",
@@ -277,15 +279,21 @@ def cells(row: Row) -> list[str]:
 
 
 def extra(row: Row) -> str:
-    """What the policy said of itself, in a few words."""
+    """What the policy said of itself, in a few words, and whether somebody else used the drive."""
     stats = row["stats"]
+    words = []
     if "threads" in stats:
-        return f"{stats['threads']} thread{'s' * (stats['threads'] > 1)}"
+        words.append(f"{stats['threads']} thread{'s' * (stats['threads'] > 1)}")
     if "layers_kept" in stats:
-        return f"{stats['layers_kept']} layers kept"
+        words.append(f"{stats['layers_kept']} layers kept")
     if "groups_pagecache" in stats:
-        return f"{stats['groups_pagecache']} layers cached, {stats['groups_direct']} direct"
-    return ""
+        cached, direct = stats["groups_pagecache"], stats["groups_direct"]
+        words.append(f"{cached} layers cached, {direct} direct")
+    counts = row["per_step"]
+    strange = counts.get("drive_read_bytes", 0) - counts["read_bytes"]
+    if strange > STRANGE_MAX * row["kv_bytes"]:
+        words.append(f"others read {strange / 2**20:.0f} MiB a step")
+    return "; ".join(words)
 
 
 # ---- plots ---------------------------------------------------------------------------------------
