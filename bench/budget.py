@@ -281,8 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def live_policy() -> str:
     """The row that dualblade.open's defaults are."""
-    binding = inspect.signature(dualblade.open).parameters.get("binding")
-    return "live-head" if binding and binding.default == "head" else "live-spread"
+    return f"live-{inspect.signature(dualblade.open).parameters['binding'].default}"
 
 
 if __name__ == "__main__":

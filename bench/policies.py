@@ -7,7 +7,6 @@ a consumer in contiguous memory. All use the same file, and so the same blocks o
 from __future__ import annotations
 
 import abc
-import inspect
 import os
 import statistics
 import time
@@ -27,7 +26,6 @@ from dualblade.memory import BUDGET_MIN_BYTES
 
 Array = np.ndarray[Any, Any]
 Pair = tuple[Array, Array]
-KNOWS_LIVE = "live" in inspect.signature(dualblade.open).parameters
 BLOCK_BYTES = 4096
 
 
@@ -505,8 +503,7 @@ class Static(Store):
 
     def _options(self, room_bytes: int) -> Mapping[str, Any]:
         memory = max(room_bytes, BUDGET_MIN_BYTES)
-        bound = {"live": False, "binding": "head"} if KNOWS_LIVE else {}
-        return {"policy": "dual", "memory": memory, **bound}
+        return {"policy": "dual", "live": False, "binding": "head", "memory": memory}
 
 
 class LiveSpread(Store):
