@@ -317,7 +317,7 @@ def test_what_is_said_to_be_free_can_be_cached(
     size, resident, refaults, left = json.loads(printed)
     assert 128 * MIB - held_bytes < size < 256 * MIB - held_bytes
     assert resident == size
-    assert refaults == 0
+    assert refaults < 8 * MIB  # some of the interpreter's files, which other programs lost before
     # That the tensors are there now changes nothing in what they may take.
     assert abs(left) < 4 * MIB
 
