@@ -106,6 +106,20 @@ def test_where_no_cgroup_counts_the_machine_does(tree: Tree, suffix: str) -> Non
         assert watch.sample().sources["refaults"] == f"{tree.root}/proc/vmstat"
 
 
+def test_without_a_limit_to_run_into_the_machines_reclaim_counts(tree: Tree) -> None:
+    tree.write("proc/self/cgroup", "4:memory:/box\n")
+    tree.v1("/box", NO_LIMIT, rss=0, failcnt=5)
+    tree.write("proc/vmstat", "allocstall_normal 3\n")
+    with tree.watch() as watch:
+        watch.sample()
+        tree.write("proc/vmstat", "allocstall_normal 4\n")
+        assert since(watch)[1] == 1
+        tree.v1("/box", GIB, rss=0, failcnt=5)
+        assert since(watch)[1] == 0
+        tree.v1("/box", GIB, rss=0, failcnt=7)
+        assert since(watch)[1] == 2
+
+
 def test_a_version_2_cgroup_has_its_own_pressure(tree: Tree) -> None:
     tree.write("proc/self/cgroup", "0::/app\n")
     tree.psi("proc/pressure/memory", 1000)
