@@ -14,9 +14,10 @@ from typing import Any
 from dualblade import _core
 from dualblade.errors import ClosedError, DualbladeError
 
-DIRTY_MAX_BYTES = 64 << 20
+DIRTY_MAX_BYTES = 512 << 20
 """Above this a writer waits: what is dirty can't be reclaimed, and has to be written before its
-group can go direct. A drive writes so much in some tens of milliseconds."""
+group can go direct. A drive writes so much in some tenths of a second, and the kernel's own
+throttling begins at 15 % of the memory that is free."""
 DIRTY_PART = 8
 """And above this part of the memory budget."""
 DIRTY_LEAST_BYTES = 1 << 20
@@ -25,7 +26,10 @@ START_BYTES = 4 << 20
 START_AFTER_S = 1.0
 """Or what there is after so long, so that a group that goes direct has little left to write."""
 BATCH_BYTES = 8 << 20
-"""At most so much is started before it is waited for what was started before."""
+"""So much is started before a look at what else has been written."""
+UNDER_WAY_BYTES = 32 << 20
+"""At most so much is started and not waited for: a drive is busy with it, and reads that come
+meanwhile do not wait behind more."""
 NOTES_MAX = 64
 """So many notes may lie there before the thread is woken for them."""
 ADMIT_LOOK_S = 0.05
@@ -112,8 +116,10 @@ class WriteBack:
         self._flushed: list[tuple[int, int]] = []
         """What was dirty when the flush that is under way began."""
         self._freed = Ranges()
-        self._noted_bytes = self._started_bytes = self._ending_bytes = 0
-        """Of the note that is being taken in; of what was started; of what is waited for."""
+        self._under_way: deque[list[tuple[int, int]]] = deque()
+        """What was started, the oldest first."""
+        self._noted_bytes = self._under_way_bytes = 0
+        """Of the note that is being taken in; of what was started and is not known to be over."""
         self.errors = 0
         """How often the device refused. flush() of the device tells why."""
         self.waits = 0
@@ -155,7 +161,7 @@ class WriteBack:
     def dirty_bytes(self) -> int:
         """Written into the page cache and not known to be on the device."""
         noted = self._noted_bytes + sum([length for _, length, _ in self._notes.copy()])
-        return noted + self._dirty.total_bytes + self._started_bytes + self._ending_bytes
+        return noted + self._dirty.total_bytes + self._under_way_bytes
 
     def admit(self, length: int) -> None:
         """Returns when a write of so many bytes may be made dirty."""
@@ -215,30 +221,40 @@ class WriteBack:
     # ---- the thread -------------------------------------------------------------------------
 
     def _run(self) -> None:
-        started: list[tuple[int, int]] = []
         try:
             while True:
                 with self._lock:
                     self._take_notes()
-                    while not (self._is_stopped or started or self._is_due()):
+                    while not (self._is_stopped or self._under_way or self._is_due()):
                         self._changed.wait(self._sleep_s())
                         self._take_notes()
                     if self._is_stopped:
                         return
-                    before, self._ending_bytes = started, self._started_bytes
-                    started = self._dirty.take(BATCH_BYTES) if self._is_dirty_due() else []
-                    self._started_bytes = sum([length for _, length in started])
-                    freed = [] if started else self._freed.take(BATCH_BYTES)
+                    started = self._take_dirty()
+                    # Nothing more can be started: time to see the oldest end.
+                    ended = self._under_way.popleft() if self._under_way and not started else []
+                    if started:
+                        self._under_way.append(started)
+                    freed = [] if started or ended else self._freed.take(BATCH_BYTES)
                 self._each(started, self._device.write_back)
-                self._each(before, partial(self._device.write_back, wait=True))
+                self._each(ended, partial(self._device.write_back, wait=True))
                 self._each(freed, self._device.drop_cached)
-                with self._lock:
-                    self._ending_bytes = 0
-                    self._changed.notify_all()
+                if ended:
+                    with self._lock:
+                        self._under_way_bytes -= sum([length for _, length in ended])
+                        self._changed.notify_all()
         finally:
             with self._lock:
                 self._is_running = False
                 self._changed.notify_all()
+
+    def _take_dirty(self) -> list[tuple[int, int]]:
+        """What is to be started now; it counts as under way."""
+        if not self._is_dirty_due() or self._under_way_bytes >= UNDER_WAY_BYTES:
+            return []
+        started = self._dirty.take(BATCH_BYTES)
+        self._under_way_bytes += sum([length for _, length in started])
+        return started
 
     def _take_notes(self) -> None:
         while self._notes:
@@ -272,7 +288,8 @@ class WriteBack:
         for offset, length in self._flushed:
             self._dirty.remove(offset, length)
         self._flushed = []
-        self._started_bytes = self._ending_bytes = 0
+        self._under_way.clear()
+        self._under_way_bytes = 0
         is_known.set()
         self._changed.notify_all()
 
