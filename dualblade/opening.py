@@ -88,11 +88,10 @@ def open_store(
              or bytes) caps it.
     policy   "dual": groups that fit into `memory` are page-cached, the others are read past the
              page cache; "pagecache" or "direct": all of them.
-    live     whether "dual" follows the memory: groups leave the page cache before the kernel has to
-             reclaim it for others, and come back once there is room. A thread looks ten times a
-             second. False: `memory` is what it was at the open.
-    binding  which groups "dual" keeps: "spread" evenly over all of them, so that the drive reads
-             one while another is copied from memory; "head" the first ones.
+    live     "dual" follows the memory: groups leave the page cache before the kernel has to reclaim
+             it for others, and come back when there is room. False: bound once, as it is now.
+    binding  which groups "dual" keeps: "spread" evenly, so that the drive reads some while others
+             are copied from memory; "head" the first ones.
     engine   of the direct path; "auto" takes the first of uring, aio and threads that works here.
     sqpoll, iopoll   a kernel thread submits, completions are polled for: less latency, for a
              processor each. See Device.open.
@@ -112,16 +111,8 @@ def open_store(
             _make_ready(layout, found, None if is_new else size_bytes)
         else:
             layout = _as_it_is(layout, header, size, stripe)
-        device = _core.Device.open(
-            layout.paths,
-            engine,
-            queue_depth,
-            chunk_bytes=header.chunk_bytes if header else CHUNK_BYTES,
-            staging_bytes=STAGING_BYTES,
-            stripe_bytes=layout.stripe_bytes,
-            sqpoll=sqpoll,
-            iopoll=iopoll,
-        )
+        polling = {"sqpoll": sqpoll, "iopoll": iopoll}
+        device = _open_device(layout, header, engine, queue_depth, polling)
         with _closed_on_error(device):
             notes = _fallbacks(device, engine)
             residency = Residency(policy, budget.bytes, binding)
@@ -129,10 +120,35 @@ def open_store(
             index, catalog = _load(device, layout, found, residency)
     store = TensorStore(device, index, catalog, residency, verify=verify, fallbacks=notes)
     _open_stores.add(store)
-    if following is not None:
-        store.follow_memory(*following)
-    if verify == "open":
-        _verify_all(store)
+    return _begun(store, following, verify)
+
+
+def _open_device(
+    layout: _Layout, header: Header | None, engine: str, queue_depth: int, polling: dict[str, bool]
+) -> _core.Device:
+    return _core.Device.open(
+        layout.paths,
+        engine,
+        queue_depth,
+        chunk_bytes=header.chunk_bytes if header else CHUNK_BYTES,
+        staging_bytes=STAGING_BYTES,
+        stripe_bytes=layout.stripe_bytes,
+        **polling,
+    )
+
+
+def _begun(
+    store: TensorStore, following: tuple[MemoryWatch, Governor] | None, verify: str
+) -> TensorStore:
+    """The store, closed again if it can't begin."""
+    try:
+        if following is not None:
+            store.follow_memory(*following)
+        if verify == "open":
+            _verify_all(store)
+    except BaseException:
+        store.close()
+        raise
     return store
 
 
@@ -569,7 +585,6 @@ def _check_headers(device: _core.Device, layout: _Layout, members: Sequence[Targ
 def _verify_all(store: TensorStore) -> None:
     problems = store.check()
     if problems:
-        store.close()
         raise CorruptionError(
             f"{len(problems)} problems were found: {'; '.join(problems[:5])}. Open with "
             f"verify='always' to use what is sound, or start anew with format=True"

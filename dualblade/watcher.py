@@ -127,15 +127,23 @@ class Watching(Rebinding):
     # ---- the threads' life --------------------------------------------------------------------
 
     def follow_memory(self, memory: MemoryWatch, governor: Governor) -> None:
-        """From now on the budget is what the governor makes of the memory's samples. Called once;
-        RuntimeError if no thread can be had."""
-        self._memory, self._governor = memory, governor
+        """From now on the budget is what the governor makes of the memory's samples. Called once.
+
+        Where no thread can be had (at interpreter exit, say) it stays what it is.
+        """
+        residency = self._residency
+        self._memory = memory
         self._index.freed = []
         self._write_back = WriteBack(self._device, lambda: residency.budget_bytes)
-        residency = self._residency
-        self._write_back.start()
         self._watcher = Watcher(self._tick, self._changed)
-        self._watcher.start()
+        try:
+            self._write_back.start()
+            self._governor = governor
+            self._watcher.start()
+        except RuntimeError as error:
+            self._stop_threads()
+            self._watcher = self._write_back = self._governor = self._index.freed = None
+            self._last_problem = f"the memory is not followed: {error}"
 
     def _stop_threads(self) -> None:
         if self._watcher is not None:
