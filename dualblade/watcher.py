@@ -111,7 +111,7 @@ class Watching(Rebinding):
         self._governor: Governor | None = None
         self._watcher: Watcher | None = None
         self._moves: Counter[str] = Counter()
-        self._evicted_bytes = 0
+        self._evicted_bytes = self._samples = 0
         self._problems = 0
         self._last_problem = ""
         self._groups_mark: tuple[int, ...] = ()
@@ -181,7 +181,7 @@ class Watching(Rebinding):
         assert governor is not None
         assert self._write_back is not None
         sample = memory.sample()
-        self._sources = sample.sources
+        self._samples, self._sources = self._samples + 1, sample.sources
         evicted_bytes = self._find_evicted()
         self._evicted_bytes += evicted_bytes
         budget = governor.update(now_s, sample, residency.pagecache_bytes, evicted_bytes)
@@ -305,6 +305,7 @@ class Watching(Rebinding):
             "margin_bytes": governor.margin_bytes if governor else 0,
             "grow_delay_s": governor.grow_delay_s if governor else 0.0,
             "reason": governor.reason if governor else "bound once, when it was opened",
+            "samples": self._samples,
             "sources": dict(self._sources),
             "moves_to_direct": self._moves["direct"],
             "moves_to_pagecache": self._moves["pagecache"],

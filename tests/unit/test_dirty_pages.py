@@ -1,0 +1,294 @@
+"""Dirty pages are written back early and within bounds; what freed extents leave is dropped."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dualblade
+from dualblade import _core, writeback
+from dualblade.errors import DeviceError
+from dualblade.writeback import Ranges, WriteBack
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+MIB = 1 << 20
+TIMEOUT_S = 60
+
+
+def noise(size: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.002)
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.sampled_from(["add", "add", "remove", "take"]),
+            st.integers(0, 60),
+            st.integers(0, 20),
+        ),
+        max_size=60,
+    )
+)
+def test_ranges_are_a_set_of_bytes(steps: list[tuple[str, int, int]]) -> None:
+    ranges, model = Ranges(), set[int]()
+    for action, offset, length in steps:
+        if action == "add":
+            ranges.add(offset, length)
+            model |= set(range(offset, offset + length))
+        elif action == "remove":
+            ranges.remove(offset, length)
+            model -= set(range(offset, offset + length))
+        else:
+            taken = [at + i for at, count in ranges.take(length) for i in range(count)]
+            assert taken == sorted(model)[:length]
+            model -= set(taken)
+        found = list(ranges)
+        assert {at + i for at, count in found for i in range(count)} == model
+        assert ranges.total_bytes == sum(count for _, count in found) == len(model)
+        for (at, count), (after, _) in itertools.pairwise(found):
+            assert at + count < after  # in order, and those that touch are one
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "kv.img"
+
+
+@pytest.fixture
+def store(path: Path) -> Iterator[dualblade.TensorStore]:
+    with dualblade.open(path, size="256MiB", memory="128MiB") as store:
+        yield store
+        assert store.stats()["residency"]["problems"] == 0
+
+
+def cached(store: dualblade.TensorStore, key: str) -> tuple[int, int]:
+    info = store.info(key)
+    return store._device.cached_bytes(info.offset, info.extent_bytes)
+
+
+def dirty_bytes(store: dualblade.TensorStore) -> int:
+    return store.stats()["residency"]["dirty_bytes"]
+
+
+def samples(store: dualblade.TensorStore) -> int:
+    return store.stats()["residency"]["samples"]
+
+
+def test_what_is_put_is_written_back_without_a_flush(store: dualblade.TensorStore) -> None:
+    store.put("x", noise(8 * MIB))
+    until(lambda: dirty_bytes(store) == 0, "nobody wrote it back")
+    resident, dirty = cached(store, "x")
+    assert (resident, dirty) == (8 * MIB, 0)
+
+
+def test_what_is_appended_little_by_little_is_too(store: dualblade.TensorStore) -> None:
+    store.reserve("x", (MIB, 16), "uint8")
+    rows = noise(MIB * 16).reshape(MIB, 16)
+    for start in range(0, 65536, 2048):
+        store.append("x", rows[start : start + 2048])
+    assert dirty_bytes(store) > 0
+    until(lambda: dirty_bytes(store) == 0, "what is older than a second is still dirty")
+    assert cached(store, "x")[1] == 0
+    np.testing.assert_array_equal(store.get("x"), rows[:65536])
+
+
+def test_after_a_flush_nothing_is_dirty(store: dualblade.TensorStore) -> None:
+    for i in range(5):
+        store.put("x", noise(3 * MIB, i))
+        store.put("small", noise(5000, i))
+        store.flush()
+        assert dirty_bytes(store) == 0
+        assert cached(store, "x")[1] == cached(store, "small")[1] == 0
+
+
+def test_a_large_append_never_makes_more_dirty_than_the_bound(
+    store: dualblade.TensorStore,
+) -> None:
+    """The bound is an eighth of the budget; a write is admitted in parts of 8 MiB."""
+    store.reserve("x", (96 * MIB,), "uint8")
+    data = noise(96 * MIB)
+    most = 0
+    ended = threading.Event()
+
+    def look() -> None:
+        nonlocal most
+        while not ended.is_set():
+            most = max(most, store._write_back.dirty_bytes)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        store.append("x", data)
+    finally:
+        ended.set()
+        looking.join()
+    assert 0 < most <= store.memory_budget // writeback.DIRTY_PART + 8 * MIB
+    np.testing.assert_array_equal(store.get("x"), data)
+
+
+def test_a_deleted_tensor_leaves_the_page_cache(store: dualblade.TensorStore) -> None:
+    store.put("x", noise(8 * MIB))
+    place = store.info("x").offset
+    assert cached(store, "x")[0] == 8 * MIB
+    store.delete("x")
+    until(lambda: store._device.cached_bytes(place, 8 * MIB)[0] == 0, "what was deleted is cached")
+    assert dirty_bytes(store) == 0
+
+
+def test_an_extent_that_is_used_again_keeps_its_pages(store: dualblade.TensorStore) -> None:
+    for i in range(30):
+        store.put("x", noise(4 * MIB, i))
+        store.delete("x")
+    store.put("x", noise(4 * MIB, 99))
+    for _ in range(3):  # the watcher has passed on all that was freed
+        before = samples(store)
+        until(lambda before=before: samples(store) > before, "the watcher stands still")
+    np.testing.assert_array_equal(store.get("x"), noise(4 * MIB, 99))
+    assert cached(store, "x")[0] == 4 * MIB
+
+
+@pytest.mark.parametrize("on", ["file", "loop"])
+def test_extents_change_hands_and_paths_under_write_back(
+    path: Path, loop_device: Callable[..., Any], on: str
+) -> None:
+    """Buffered and direct writes take turns on the same blocks, beside neighbours that do too."""
+    where = path if on == "file" else loop_device(64 * MIB).path
+    options: Any = {"size": "64MiB"} if on == "file" else {"format": True}
+    with dualblade.open(where, memory="16MiB", **options) as store:
+        dice = np.random.default_rng(1)
+        expected: dict[str, np.ndarray] = {}
+        deadline = time.monotonic() + 5
+        for i in range(2000):
+            key = f"x{dice.integers(12)}"
+            if key in expected and dice.random() < 0.4:
+                np.testing.assert_array_equal(store.get(key), expected[key])
+                store.delete(key)
+                del expected[key]
+            else:
+                expected[key] = noise(int(dice.choice([5000, 100_000, MIB, 2 * MIB])), i)
+                store.put(key, expected[key], group=f"g{dice.integers(6)}")
+            if dice.random() < 0.1:
+                group = store.info(key).group if key in expected else ""
+                if group:
+                    store.set_path(group, "direct")
+            if time.monotonic() > deadline:
+                break
+        for key, array in expected.items():
+            info = store.info(key)
+            if dice.random() < 0.5:
+                store._device.drop_cached(info.offset, info.extent_bytes)
+            np.testing.assert_array_equal(store.get(key), array)
+        assert store.check() == []
+        assert store.stats()["residency"]["problems"] == 0
+
+
+class SlowDevice:
+    """Stands for a device whose write-back takes until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.go = threading.Semaphore(0)
+        self.calls: list[tuple[str, int, int]] = []
+        self.error: BaseException | None = None
+
+    def write_back(self, offset: int, length: int, wait: bool = False) -> None:
+        self.calls.append(("wait" if wait else "start", offset, length))
+        if wait:
+            self.go.acquire()
+            if self.error is not None:
+                raise self.error
+
+    def drop_cached(self, offset: int, length: int) -> None:
+        self.calls.append(("drop", offset, length))
+
+
+@pytest.fixture
+def slow() -> Iterator[tuple[SlowDevice, WriteBack]]:
+    device: Any = SlowDevice()
+    back = WriteBack(device, lambda: 64 * MIB)
+    back.start()
+    yield device, back
+    device.go.release(1000)
+    back.stop()
+
+
+def test_a_writer_waits_above_the_bound_only(slow: tuple[SlowDevice, WriteBack]) -> None:
+    device, back = slow
+    back.admit(100 * MIB)  # nothing is dirty: a write larger than the bound has to begin somewhere
+    back.written([(0, 6 * MIB)])
+    back.admit(2 * MIB)
+    assert back.waits == 0
+    admitted = threading.Event()
+    waiting = threading.Thread(target=lambda: (back.admit(4 * MIB), admitted.set()))
+    waiting.start()
+    until(lambda: back.waits == 1, "it does not wait")
+    assert not admitted.wait(0.05)
+    device.go.release()
+    assert admitted.wait(TIMEOUT_S)
+    waiting.join()
+    assert back.dirty_bytes == 0
+
+
+def test_ranges_are_put_together_and_those_freed_are_not_written(
+    slow: tuple[SlowDevice, WriteBack],
+) -> None:
+    device, back = slow
+    device.go.release(1000)
+    back.written([(0, 4096), (8192, 4096)])
+    back.written([(4096, 4096)])
+    back.written([(10 * MIB, MIB)])
+    back.freed([(10 * MIB, 2 * MIB)])
+    back.freed([(20 * MIB, MIB)])
+    back.reused([(20 * MIB, MIB // 2)])
+    back.wake()
+    until(lambda: back.dirty_bytes == 0, "it is not written")
+    assert [call for call in device.calls if call[0] != "drop"] == [
+        ("start", 0, 12288),
+        ("wait", 0, 12288),
+    ]
+    dropped = sorted(call[1:] for call in device.calls if call[0] == "drop")
+    assert dropped == [(10 * MIB, 2 * MIB), (20 * MIB + MIB // 2, MIB // 2)]
+
+
+def test_a_write_back_that_fails_stops_nobody(slow: tuple[SlowDevice, WriteBack]) -> None:
+    device, back = slow
+    device.go.release(1000)
+    device.error = DeviceError(5, "broken")
+    back.written([(0, 8 * MIB)])
+    until(lambda: back.dirty_bytes == 0 and back.errors > 0, "it is stuck")
+    device.error = None
+    errors = back.errors
+    back.written([(0, 8 * MIB)])
+    until(lambda: back.dirty_bytes == 0, "it is stuck")
+    assert back.errors == errors
+
+
+def test_a_device_that_was_closed_ends_nothing_badly(path: Path) -> None:
+    path.write_bytes(bytes(4 * MIB))
+    device = _core.Device.open(path)
+    back = WriteBack(device, lambda: 64 * MIB)
+    back.start()
+    device.close()
+    back.written([(0, 4 * MIB)])
+    until(lambda: back.dirty_bytes == 0, "it is stuck")
+    back.stop()
+    back.stop()
+    back.admit(10 * MIB)
+    back.written([(0, 4 * MIB)])
+    assert back.dirty_bytes == 0
