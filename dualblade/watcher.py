@@ -11,7 +11,7 @@ from typing import Any
 
 from dualblade.entry import Entry
 from dualblade.errors import ClosedError, UnsupportedError
-from dualblade.governor import Governor
+from dualblade.governor import EXPLAINED_S, Governor
 from dualblade.memory import MemoryWatch
 from dualblade.rebinding import Rebinding, Survey
 from dualblade.residency import plan_moves
@@ -115,10 +115,11 @@ class Watching(Rebinding):
         self._problems = 0
         self._last_problem = ""
         self._groups_mark: tuple[int, ...] = ()
-        """Changes when groups come, go or move."""
+        """Changes when groups come, go or grow."""
         self._changed_s = self._moved_s = self._plan_after_s = 0.0
-        self._filled: tuple[tuple[int, ...], int] = (), 0
-        """For which groups and which budget nothing more could come back."""
+        self._shrunk_s = float("-inf")
+        self._filled: tuple[tuple[int, ...], int, int] = (), 0, 0
+        """For which groups, page-cached bytes and budget nothing more could come back."""
         self._is_spread = False
         self._checked: list[Entry] = []
         self._check_next = 0
@@ -182,6 +183,9 @@ class Watching(Rebinding):
         assert self._write_back is not None
         sample = memory.sample()
         self._samples, self._sources = self._samples + 1, sample.sources
+        if now_s - self._shrunk_s < EXPLAINED_S:
+            # Whatever the kernel took of those that stay, it took because there was less.
+            self._resident.clear()
         evicted_bytes = self._find_evicted()
         self._evicted_bytes += evicted_bytes
         budget = governor.update(now_s, sample, residency.pagecache_bytes, evicted_bytes)
@@ -190,14 +194,11 @@ class Watching(Rebinding):
             residency.budget_bytes = budget
             self._pass_on_freed()
             self._write_back.wake()
-            mark = (
-                len(residency.groups),
-                residency.pagecache_bytes,
-                self._index.extents.free_bytes,
-            )
+            mark = len(residency.groups), self._index.extents.free_bytes
         if residency.pagecache_bytes > budget:
             self._moves["direct"] += self._make_room()
-            self._moved_s, self._is_spread = now_s, False
+            self._moved_s = self._shrunk_s = now_s
+            self._is_spread = False
         elif mark != self._groups_mark:
             self._groups_mark, self._changed_s, self._is_spread = mark, now_s, False
         elif now_s - self._changed_s >= STABLE_S and now_s >= self._plan_after_s:
@@ -208,7 +209,12 @@ class Watching(Rebinding):
         residency, governor = self._residency, self._governor
         assert governor is not None
         budget = residency.budget_bytes
-        is_known = self._filled[0] == self._groups_mark and budget <= self._filled[1]
+        mark, pagecache_bytes, filled_bytes = self._filled
+        is_known = (
+            mark == self._groups_mark
+            and pagecache_bytes == residency.pagecache_bytes
+            and budget <= filled_bytes
+        )
         is_quiet = now_s - max(self._moved_s, self._changed_s) >= SPREAD_S
         if is_known and (self._is_spread or not is_quiet):
             return
@@ -220,7 +226,8 @@ class Watching(Rebinding):
         moves = plan_moves(found.candidates, budget, residency.binding, swaps=swaps)
         self._plan_after_s = now_s + PLAN_REST * (time.perf_counter() - begin_s)
         if not (moves.to_direct or moves.to_pagecache):
-            self._filled, self._is_spread = (self._groups_mark, budget), is_quiet
+            self._filled = self._groups_mark, residency.pagecache_bytes, budget
+            self._is_spread = is_quiet
             return
         until_s = begin_s + FILL_S
         for path, names in (("direct", moves.to_direct), ("pagecache", moves.to_pagecache)):
