@@ -14,5 +14,6 @@ extern _Atomic int64_t db_live_batches;
 extern _Atomic int64_t db_live_buffers;
 extern _Atomic int64_t db_live_extent_maps;
 extern _Atomic int64_t db_live_tails;
+extern _Atomic int64_t db_live_mappings;
 
 #endif

@@ -529,3 +529,12 @@ int db_device_cached(struct db_device *device, uint64_t offset, uint64_t length,
     }
     return rc;
 }
+
+int db_device_map(struct db_device *device, uint64_t offset, uint64_t length,
+                  struct db_mapping **out, const void **bytes)
+{
+    int rc = check_range(device, offset, length);
+    if (!rc && (length == 0 || device->stripes.member_count > 1))
+        rc = -EOPNOTSUPP;
+    return rc ? rc : db_mapping_open(device->members[0].lock, offset, length, out, bytes);
+}

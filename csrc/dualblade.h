@@ -151,6 +151,17 @@ int db_device_cached(struct db_device *device, uint64_t offset, uint64_t length,
  * locks nor reads it. -ENOSYS, -EISDIR, -ENOTBLK, and what open(2) gives. */
 int db_cached_of_path(const char *path, struct db_cached *out);
 
+/* The page cache's own pages of a range as memory that can be read, for as long as the mapping is
+ * open, which may be longer than the device is: until then nobody else can open it. *bytes is where
+ * the range begins. A page that the kernel has dropped is read again when it is looked at, and if
+ * that fails the process gets SIGBUS: who maps a range should have read it just before.
+ *   -EOPNOTSUPP  of several members, or length 0    -ENODEV  this filesystem has no mappings
+ *   -ENOMEM, -EAGAIN  too many mappings, or too much locked memory */
+struct db_mapping;
+int db_device_map(struct db_device *device, uint64_t offset, uint64_t length,
+                  struct db_mapping **out, const void **bytes);
+void db_mapping_close(struct db_mapping *mapping);
+
 /* ---- I/O: a batch of contiguous runs, submitted and waited for as one ----------------------- */
 
 struct db_io {
@@ -273,7 +284,7 @@ void db_memory_unmap(void *memory, size_t length);
 
 /* Objects alive in the process: all zero when everything is closed. */
 struct db_counters {
-    int64_t devices, requests, batches, buffers, extent_maps, tails;
+    int64_t devices, requests, batches, buffers, extent_maps, tails, mappings;
 };
 void db_counters(struct db_counters *out);
 

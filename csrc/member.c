@@ -42,6 +42,9 @@ static int open_descriptors(const char *path, bool read_only, struct db_member *
     /* No readahead: what lies behind a page-cached extent is another's, and mostly direct. Requests
      * are large enough to do without; if the advice is not taken, nothing but memory is lost. */
     posix_fadvise(member->buffered_fd, 0, 0, POSIX_FADV_RANDOM);
+    int rc = db_lock_open(member->buffered_fd, &member->lock);
+    if (rc)
+        return rc;
     member->direct_fd = open(path, access | O_DIRECT | O_CLOEXEC);
     return member->direct_fd >= 0 || errno == EINVAL ? 0 : -errno;
 }
@@ -62,11 +65,10 @@ void db_member_close(struct db_member *member)
 {
     if (member->direct_fd >= 0)
         close(member->direct_fd);
-    if (member->buffered_fd >= 0) {
-        /* A child that has not yet closed its copy must not keep the lock. */
-        flock(member->buffered_fd, LOCK_UN);
+    if (member->lock)
+        db_lock_close(member->lock);
+    else if (member->buffered_fd >= 0)
         close(member->buffered_fd);
-    }
 }
 
 void db_member_abandon(struct db_member *member)

@@ -6,12 +6,14 @@
 #define DUALBLADE_MEMBER_H
 
 #include "geometry.h"
+#include "mapping.h"
 
 #include <sys/types.h>
 
 struct db_member {
     struct db_geometry geometry;
     int direct_fd, buffered_fd; /* -1: not open, or there is no O_DIRECT here */
+    struct db_lock *lock;       /* of the buffered descriptor; NULL: it has none yet */
     dev_t device;               /* of the block device, or of the file's filesystem */
     ino_t inode;                /* 0 for a block device, which may have several names */
 };

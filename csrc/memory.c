@@ -17,6 +17,7 @@ _Atomic int64_t db_live_batches;
 _Atomic int64_t db_live_buffers;
 _Atomic int64_t db_live_extent_maps;
 _Atomic int64_t db_live_tails;
+_Atomic int64_t db_live_mappings;
 
 int db_memory_map(size_t length, void **out)
 {
@@ -57,4 +58,5 @@ void db_counters(struct db_counters *out)
     out->buffers = atomic_load(&db_live_buffers);
     out->extent_maps = atomic_load(&db_live_extent_maps);
     out->tails = atomic_load(&db_live_tails);
+    out->mappings = atomic_load(&db_live_mappings);
 }

@@ -98,6 +98,8 @@ class Device:
     def cached_bytes(self, offset: int, length: int) -> tuple[int, int | None]:
         """Bytes of the range that the page cache holds, and of these the dirty ones."""
     def cache_state(self, offset: int, length: int) -> CacheState: ...
+    def map(self, offset: int, length: int) -> Mapping:
+        """The page cache's own pages of a range, as read-only memory."""
     def stats(self) -> dict[str, dict[str, int]]:
         """Counters of each path: {"direct": {"reads": ...}, "pagecache": {...}}."""
     def close(self) -> None: ...
@@ -108,6 +110,14 @@ class Buffer:
     """Page-aligned memory of its own; a writable buffer of bytes."""
 
     def __init__(self, size: int) -> None: ...
+    def __len__(self) -> int: ...
+
+class Mapping:
+    """A part of a device as memory, from `Device.map`: a read-only buffer of bytes."""
+
+    when_gone: Callable[[], object] | None
+    """Called once it is unmapped, in whatever thread lets go of it last."""
+
     def __len__(self) -> int: ...
 
 class Bracket:

@@ -32,6 +32,7 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.long cimport PyLong_AsLongLongAndOverflow
 from cpython.number cimport PyNumber_Index
 from libc.errno cimport (
+    EAGAIN,
     EBADF,
     EBADMSG,
     ECHILD,
@@ -39,6 +40,7 @@ from libc.errno cimport (
     EFAULT,
     EINTR,
     EINVAL,
+    ENODEV,
     ENOENT,
     ENOMEM,
     ENOSPC,
@@ -485,6 +487,31 @@ cdef class Device:
         self._unpin()
         self._check_range(rc, start, size, "count the cached pages of", failed)
         return _cache_state(&found)
+
+    def map(self, offset, length):
+        """The page cache's own pages of a range, as read-only memory: a Mapping.
+
+        What is written to the range afterwards shows in it. Until it is gone nobody else can open
+        the device, even when this Device is closed. A page that the kernel dropped meanwhile is
+        read again when it is looked at; if that fails, the process gets SIGBUS.
+        Raises UnsupportedError where there are no mappings (striped devices, some filesystems),
+        MemoryError, ValueError for a range outside the device."""
+        cdef uint64_t start = _bytes(offset, "offset")
+        cdef uint64_t size = _bytes(length, "length")
+        cdef Mapping mapping = Mapping.__new__(Mapping)
+        cdef int rc
+        self._pin()
+        with nogil:
+            rc = db_device_map(self.ptr, start, size, &mapping.mapping, &mapping.memory)
+        self._unpin()
+        if rc == -ENOMEM or rc == -EAGAIN:
+            raise MemoryError(f"cannot map {size} bytes of {self.info.target}: the process has too "
+                              "many mappings (vm.max_map_count) or too much locked memory")
+        if rc == -ENODEV:
+            rc = -EOPNOTSUPP
+        self._check_range(rc, start, size, "map", 0)
+        mapping.size = size
+        return mapping
 
     cdef int _check_range(self, int rc, uint64_t offset, uint64_t length,
                           str operation, uint32_t failed) except -1:

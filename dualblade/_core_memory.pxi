@@ -1,4 +1,4 @@
-# Buffer and aligned_empty; included by _core.pyx.
+# Buffer, Mapping and aligned_empty; included by _core.pyx.
 
 @cython.final
 @cython.no_gc
@@ -26,6 +26,35 @@ cdef class Buffer:
         if self.memory != NULL:
             with nogil:
                 db_memory_unmap(self.memory, max(self.size, 1))
+
+
+# no_gc: who lets go of it must be told before what it would tell is cleared.
+@cython.final
+@cython.no_gc
+cdef class Mapping:
+    """A part of a device as memory, from Device.map(): a read-only buffer."""
+
+    cdef db_mapping *mapping
+    cdef const void *memory
+    cdef Py_ssize_t size
+    cdef public object when_gone
+    """Called without arguments once it is unmapped, in whatever thread lets go of it last."""
+
+    def __init__(self):
+        raise TypeError("a Mapping comes from Device.map()")
+
+    def __len__(self):
+        return self.size
+
+    def __getbuffer__(self, Py_buffer *view, int flags):
+        PyBuffer_FillInfo(view, self, <void *>self.memory, self.size, 1, flags)
+
+    def __dealloc__(self):
+        if self.mapping != NULL:
+            with nogil:
+                db_mapping_close(self.mapping)
+        if self.when_gone is not None:
+            self.when_gone()
 
 
 def aligned_empty(shape, dtype):

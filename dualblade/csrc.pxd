@@ -116,6 +116,13 @@ cdef extern from "dualblade.h" nogil:
                          db_cached *out, uint32_t *failed) noexcept
     int db_cached_of_path(const char *path, db_cached *out) noexcept
 
+    struct db_mapping:
+        pass
+
+    int db_device_map(db_device *device, uint64_t offset, uint64_t length, db_mapping **out,
+                      const void **bytes) noexcept
+    void db_mapping_close(db_mapping *mapping) noexcept
+
     struct db_io:
         uint64_t offset
         void *buffer
@@ -184,7 +191,7 @@ cdef extern from "dualblade.h" nogil:
     void db_memory_unmap(void *memory, size_t length) noexcept
 
     ctypedef struct db_counters_t "struct db_counters":
-        int64_t devices, requests, batches, buffers, extent_maps, tails
+        int64_t devices, requests, batches, buffers, extent_maps, tails, mappings
     void db_counters(db_counters_t *out) noexcept
 
     int db_find_signature(const char *path, char *name, size_t name_size) noexcept

@@ -392,6 +392,21 @@ def test_dropping_one_range_leaves_the_next_one_cached(device: _core.Device):
     assert cached_bytes(device, MIB, MIB)[0] == MIB
 
 
+def test_a_mapping_shows_what_is_written_and_outlives_the_device(target: Target, engine: Engine):
+    data = noise(MIB, 1)
+    with open_device(target, engine) as device:
+        device.write([(0, data)], path="pagecache").wait()
+        mapping = device.map(4097, 70_001)
+        shown = np.frombuffer(mapping, np.uint8)
+        assert np.array_equal(shown, data[4097:][:70_001])
+        assert memoryview(mapping).readonly
+        assert not shown.flags.writeable
+        device.write([(0, data[::-1].copy())], path="pagecache").wait()
+        assert np.array_equal(shown, data[::-1][4097:][:70_001])
+    assert np.array_equal(shown, data[::-1][4097:][:70_001])
+    assert _core.counters()["mappings"] == 1
+
+
 def test_direct_io_leaves_the_page_cache_alone(device: _core.Device):
     device.drop_cached(0, device.info.size)
     device.write([(0, noise(MIB, 1))]).wait()
@@ -450,7 +465,13 @@ def test_ranges_outside_the_device_start_nothing(device: _core.Device, path: str
             device.write([(0, b"x" * BLOCK), (offset, memory)], path=path)
     assert device.stats()[path]["reads"] == device.stats()[path]["writes"] == 0
     assert not read(device, 0, BLOCK).any()
-    for call in (device.discard, device.write_back, device.drop_cached, device.cached_bytes):
+    for call in (
+        device.discard,
+        device.write_back,
+        device.drop_cached,
+        device.cached_bytes,
+        device.map,
+    ):
         with pytest.raises(ValueError):
             call(size, BLOCK)
         with pytest.raises(ValueError):
