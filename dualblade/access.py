@@ -10,7 +10,9 @@ has waited for still holds its entries, so whoever must wait for a hold settles 
 
 from __future__ import annotations
 
+import collections
 import functools
+import itertools
 import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +22,7 @@ from typing import Any
 from dualblade import _core, tensor
 from dualblade.catalog import Catalog
 from dualblade.entry import Entry
-from dualblade.errors import ClosedError
+from dualblade.errors import ClosedError, LiveViewError
 from dualblade.index import Index
 from dualblade.residency import Residency
 from dualblade.ticket import Ticket
@@ -97,6 +99,10 @@ class EntryAccess:
         """Puts under way, by key: whatever is done with the key next waits for them."""
         self._waiting: dict[object, list[str]] = {}
         """Who waits for which keys, the first one first."""
+        self._views_gone: collections.deque[Entry] = collections.deque()
+        """Entries of which a view has gone; the collector may add to it at any moment."""
+        self._views_leaving: list[Entry] = []
+        """Of these, those that are being seen to."""
         self._flushing = threading.Lock()
         """One flush at a time: another would take an index for saved that is not yet."""
         self._here = _Here()
@@ -370,6 +376,7 @@ class EntryAccess:
 
         def begin() -> list[Entry]:
             self._here.inside[operation] = None
+            self._release_views()
             entries = self._hold(operation, dict.fromkeys(keys), IS_EXCLUSIVE, in_turn=True)
             self._wait_for_others(entries)
             return entries
@@ -377,15 +384,41 @@ class EntryAccess:
         return _core.Bracket(begin, partial(self._end_inside, operation))
 
     def _wait_for_others(self, entries: Iterable[Entry]) -> None:
-        """Returns when nobody but the caller uses these entries."""
+        """Returns when nobody but the caller uses these entries. LiveViewError: views are not
+        waited for."""
         while True:
             self._settle_tickets()
+            self._release_views()
             with self._lock:
+                refuse_views(entries)
                 if all(entry.users == 1 for entry in entries):
                     return
                 # A read that was just being started may have registered its ticket by now.
                 if not self._tickets:
                     self._changed.wait()
+
+    # ---- views --------------------------------------------------------------------------------
+
+    def _release_views(self) -> None:
+        """Frees what views have kept, that are gone."""
+        if not self._views_gone and not self._views_leaving:
+            return
+        with self._lock:
+            gone, leaving = self._views_gone, self._views_leaving
+            # One call into C: an interrupt finds each entry in one of the two.
+            leaving.extend(map(collections.deque.popleft, itertools.repeat(gone, len(gone))))
+            self._index.release_views(leaving, self._residency)
+            self._changed.notify_all()
+
+
+def refuse_views(entries: Iterable[Entry]) -> None:
+    """Raises LiveViewError if an entry has views."""
+    for entry in entries:
+        if entry.views:
+            raise LiveViewError(
+                f"{entry.key!r} has live views ({entry.views}), so that its bytes must stay as "
+                f"they are: let go of the arrays that view({entry.key!r}) returned, or copy them"
+            )
 
 
 def rows_of(entries: Iterable[Entry], rows: Mapping[str, Any]) -> list[tensor.Tensor]:

@@ -87,6 +87,7 @@ class Entry:
         "stored",
         "tail",
         "users",
+        "views",
     )
 
     def __init__(self, key: str, layout: Layout, group: str, rows: int) -> None:
@@ -103,7 +104,9 @@ class Entry:
         self.tail: _core.Tail | None = None
         """Where appends go on; None until the next one rebuilds it."""
         self.users = 0
-        """Operations that are under way on this entry; its extent lives until there are none."""
+        """Operations under way and views of this entry; its extent lives until there are none."""
+        self.views = 0
+        """Of these, arrays over its pages in the page cache: it can't be moved or cut meanwhile."""
         self.is_appending = False
         self.is_exclusive = False
         self.is_placed = False

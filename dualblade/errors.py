@@ -103,6 +103,10 @@ class KeyNotFoundError(DualbladeError, KeyError):
         return str(self.args[0]) if len(self.args) == 1 else super().__str__()
 
 
+class LiveViewError(DualbladeError, BufferError):
+    """Arrays that `view()` returned are still in use, and this would change what they show."""
+
+
 class ClosedError(DualbladeError, ValueError):
     """The store, device or pipeline was closed, or belongs to the process before a fork."""
 
@@ -197,7 +201,8 @@ _MEANING: dict[int, tuple[str, str]] = {
     ),
     errnos.EWOULDBLOCK: (
         "another process has it open",
-        "One process at a time can use a store: close it there (fuser -v shows who), or wait.",
+        "One process at a time can use a store: close it there (fuser -v shows who), or wait. "
+        "Views of a closed store keep it locked too.",
     ),
     errnos.EOPNOTSUPP: (
         "the device or filesystem cannot do this operation",

@@ -41,6 +41,10 @@ class Index:
         self._data_offset = data_offset
         self._is_striped = is_striped
         self._used_bytes = 0
+        self.kept: dict[Entry, None] = {}
+        """Deleted or replaced, but still in use."""
+        self.viewed_bytes = 0
+        """Of the extents that callers have mapped."""
         self._changed: dict[str, None] = {}
         self._deleted: dict[str, None] = {}
         self.freed: list[tuple[int, int]] | None = None
@@ -169,6 +173,8 @@ class Index:
 
     def _retire(self, entry: Entry, residency: Residency) -> None:
         entry.is_dead = True
+        if entry.is_placed:
+            self.kept[entry] = None
         if entry.users == 0:
             self._free(entry, residency)
 
@@ -194,9 +200,24 @@ class Index:
             entry.users -= 1
             del entries[-1]
 
+    def release_views(self, entries: list[Entry], residency: Residency) -> None:
+        """One view fewer of each, as `release`. A signal handler may do the same to the same list
+        in the midst of it."""
+        while entries:
+            entry = entries[-1]
+            if entry.is_dead and entry.users == 1 and entry.is_placed:
+                self._free(entry, residency)
+                continue  # and look again
+            entry.views -= 1
+            if entry.views == 0:
+                self.viewed_bytes -= entry.layout.extent_bytes
+            entry.users -= 1
+            del entries[-1]
+
     def _free(self, entry: Entry, residency: Residency) -> None:
         size_bytes = entry.layout.extent_bytes
         free = self.extents.free
+        self.kept.pop(entry, None)
         if not entry.is_placed:
             return
         if self.freed is not None and residency.groups[entry.group].path == "pagecache":

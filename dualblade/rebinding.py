@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from dualblade.access import Operation
+from dualblade.access import Operation, refuse_views
 from dualblade.entry import Entry
-from dualblade.errors import KeyNotFoundError
+from dualblade.errors import KeyNotFoundError, LiveViewError
 from dualblade.memory import format_size
 from dualblade.paths import PageCachePath
 from dualblade.residency import Candidate, PathName, plan_moves
@@ -48,7 +48,8 @@ class Rebinding(EntryTransfer):
         No data moves: what the page cache holds is written back and dropped, and from then on the
         same blocks are reached the other way. A store that follows the memory leaves the group
         there, unless it has to go direct for want of room. ValueError if the group would not fit
-        into the memory budget, KeyNotFoundError if there is no such group.
+        into the memory budget, KeyNotFoundError if there is no such group, LiveViewError while
+        there are views of its tensors.
         """
         if path not in self._paths:
             raise ValueError(f"path={path!r} is unknown: take 'direct' or 'pagecache'")
@@ -87,9 +88,10 @@ class Rebinding(EntryTransfer):
 
     def _keys_of_group(self, group: str) -> list[str]:
         """The keys of a group, at a moment at which these are all its tensors: none is on its way
-        in, and none is deleted but still being read."""
+        in, and none is deleted but still being read. LiveViewError: views are not waited for."""
         while True:
             self._settle_tickets()
+            self._release_views()
             with self._lock:
                 self._check_open()
                 if group not in self._residency.groups:
@@ -97,6 +99,7 @@ class Rebinding(EntryTransfer):
                 keys = [entry.key for entry in self._index.of_group(group)]
                 if self._residency.groups[group].tensors == len(keys):
                     return keys
+                refuse_views(entry for entry in self._index.kept if entry.group == group)
                 if not self._tickets:
                     self._changed.wait()
 
@@ -166,8 +169,9 @@ class Rebinding(EntryTransfer):
             is_empty = group.tensors == len(own) and not any(
                 entry.users or entry.stored or entry.held for entry in own
             )
+            is_viewed = any(entry.views for entry in own)
             candidates.append(
-                Candidate(name, group.size_bytes, group.path, is_empty, wish=group.wish)
+                Candidate(name, group.size_bytes, group.path, is_empty, is_viewed, group.wish)
             )
         return Survey(candidates, members)
 
@@ -214,6 +218,6 @@ class Rebinding(EntryTransfer):
                 try:
                     self._bind(busy.pop(0), "direct")
                     moved += 1
-                except KeyNotFoundError:
-                    continue  # deleted meanwhile
+                except (KeyNotFoundError, LiveViewError):
+                    continue  # deleted meanwhile, or looked at
         return moved

@@ -24,12 +24,13 @@ from dualblade.index import Index
 from dualblade.residency import PathName, Residency
 from dualblade.ticket import Ticket
 from dualblade.transfer import COPY_BYTES, SUBMIT_REQUESTS, Written, drain
+from dualblade.views import Views
 from dualblade.watcher import Watching
 
 IS_FULL = operator.attrgetter("is_full")
 
 
-class TensorStore(Watching):
+class TensorStore(Watching, Views):
     """Tensors on one file or block device, or striped over several. Made by `dualblade.open`; safe
     for many threads.
 
@@ -295,6 +296,7 @@ class TensorStore(Watching):
 
     def stats(self) -> dict[str, Any]:
         """Counters and sizes, in bytes where the name says so."""
+        self._release_views()
         with self._lock:
             self._check_open()
             extents = self._index.extents
@@ -340,6 +342,7 @@ class TensorStore(Watching):
                 continue  # deleted meanwhile
             except (CorruptionError, DeviceError) as error:
                 problems.append(str(error))
+        self._release_views()
         with self._lock:
             self._check_open()
             problems += self._index.check()
@@ -506,6 +509,7 @@ class TensorStore(Watching):
 
         Raises NoSpaceError, and that first: no group goes direct for what has no room anyway.
         """
+        self._release_views()
         with self._lock:
             crowded = self._residency.crowded(_growth(entries, replaced))
             self._index.mark_dirty(self._catalog)

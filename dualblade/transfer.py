@@ -127,14 +127,22 @@ class EntryTransfer(EntryAccess):
             raise
 
     def _read_bytes(
-        self, entry: Entry, start: int, stop: int, *, verify: bool | None = None
+        self,
+        entry: Entry,
+        start: int,
+        stop: int,
+        *,
+        verify: bool | None = None,
+        memory: np.ndarray[Any, Any] | None = None,
     ) -> np.ndarray[Any, Any]:
-        """Bytes on the device of an entry that the caller holds."""
+        """Bytes on the device of an entry that the caller holds, in new memory or in `memory`."""
         if verify is None:
             verify = self._verify != "never"
-        memory = _core.aligned_empty(stop - start, np.uint8)
+        if memory is None:
+            memory = _core.aligned_empty(stop - start, np.uint8)
         plan = ReadPlan(verify)
-        plan.add(entry, start, stop, memoryview(memory))
+        with self._lock:  # rows may be appended meanwhile
+            plan.add(entry, start, stop, memoryview(memory))
         completions: list[_core.Completion] = []
         try:
             self._start_reads({self._residency.path_of(entry.group): plan}, completions)

@@ -181,7 +181,8 @@ class Watching(Rebinding):
         assert memory is not None
         assert governor is not None
         assert self._write_back is not None
-        sample = memory.sample()
+        self._release_views()
+        sample = memory.sample(self._index.viewed_bytes)
         self._samples, self._sources = self._samples + 1, sample.sources
         if now_s - self._shrunk_s < EXPLAINED_S:
             # Whatever the kernel took of those that stay, it took because there was less.

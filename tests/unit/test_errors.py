@@ -16,6 +16,7 @@ BUILTINS = {
     errors.DeviceRefusedError: PermissionError,
     errors.CorruptionError: Exception,
     errors.KeyNotFoundError: KeyError,
+    errors.LiveViewError: BufferError,
     errors.ClosedError: ValueError,
     errors.AlignmentError: ValueError,
     errors.UnsupportedError: NotImplementedError,

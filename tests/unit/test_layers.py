@@ -24,7 +24,7 @@ LAYERS = (
     {"buffer_pool"},
     {"store"},
     {"watcher"},  # this and the next four lines are the store's parts
-    {"rebinding"},
+    {"rebinding", "views"},
     {"transfer"},
     {"access"},
     {"index"},
