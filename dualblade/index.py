@@ -53,6 +53,11 @@ class Index:
         self._taken: tuple[dict[str, None], dict[str, None]] = {}, {}
         """What a save is under way with."""
 
+    @property
+    def used_bytes(self) -> int:
+        """Of all extents."""
+        return self._used_bytes
+
     def __contains__(self, key: object) -> bool:
         return key in self.entries
 
@@ -303,7 +308,7 @@ class Index:
 
     def load(self, catalog: Catalog, residency: Residency) -> None:
         """Takes in what a catalog has saved. CorruptionError if it contradicts itself."""
-        with _collector_paused():
+        with collector_paused():
             tensors = [self._load_record(record, catalog) for record in catalog.records()]
             residency.add(tensors)
             residency.bind_anew()
@@ -362,7 +367,7 @@ class Index:
 
 
 @contextlib.contextmanager
-def _collector_paused() -> Iterator[None]:
+def collector_paused() -> Iterator[None]:
     """While many objects are made that all stay: Python's collector would go over all of them again
     and again, and find nothing."""
     was_enabled = gc.isenabled()

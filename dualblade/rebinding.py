@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from dualblade.access import Operation, refuse_views
 from dualblade.entry import Entry
 from dualblade.errors import KeyNotFoundError, LiveViewError
+from dualblade.index import collector_paused
 from dualblade.memory import format_size
 from dualblade.paths import PageCachePath
 from dualblade.residency import Candidate, PathName, plan_moves
@@ -196,7 +197,8 @@ class Rebinding(EntryTransfer):
         Those that are in use come last; then their users wait for it.
         """
         residency = self._residency
-        found = self._survey()
+        with collector_paused():
+            found = self._survey()
         busy = plan_moves(found.candidates, residency.budget_bytes, residency.binding).to_direct
         moved = 0
         until_s = time.monotonic() + BUSY_S

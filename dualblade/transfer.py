@@ -91,9 +91,8 @@ class EntryTransfer(EntryAccess):
         for path, entries, checksums in written:
             take_checksums(entries, checksums)
             if self._write_back is not None and path == "pagecache":
-                self._write_back.written(
-                    [(entry.offset, entry.layout.extent_bytes) for entry in entries]
-                )
+                extents = [(entry.offset, entry.layout.extent_bytes) for entry in entries]
+                self._write_back.written(extents, sum([length for _, length in extents]))
 
     def _by_path(
         self, members: Iterable[tuple[Entry, Any]]
@@ -117,10 +116,11 @@ class EntryTransfer(EntryAccess):
                     continue
                 for part in parts_of(requests, WRITE_PART_BYTES):
                     ranges = [(offset, len(data)) for offset, data in part]
-                    self._write_back.admit(sum([length for _, length in ranges]))
+                    total = sum([length for _, length in ranges])
+                    self._write_back.admit(total)
                     completions.append(self._paths[name].write(part, None))
                     completions[-1].wait()
-                    self._write_back.written(ranges)
+                    self._write_back.written(ranges, total)
             wait_all(completions)
         except BaseException:
             drain(completions)
@@ -253,6 +253,10 @@ class Written(NamedTuple):
 
 def parts_of(requests: Iterable[Request], part_bytes: int) -> Iterator[list[Request]]:
     """Requests of bytes in their order, cut and put together to parts of at most so many bytes."""
+    requests = list(requests)
+    if sum([len(data) for _, data in requests]) <= part_bytes:
+        yield requests
+        return
     part: list[Request] = []
     room = part_bytes
     for offset, data in requests:

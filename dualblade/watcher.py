@@ -9,9 +9,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from dualblade import _core
 from dualblade.entry import Entry
 from dualblade.errors import ClosedError, UnsupportedError
 from dualblade.governor import EXPLAINED_S, Governor
+from dualblade.index import collector_paused
 from dualblade.memory import MemoryWatch
 from dualblade.rebinding import Rebinding, Survey
 from dualblade.residency import plan_moves
@@ -117,7 +119,7 @@ class Watching(Rebinding):
         self._groups_mark: tuple[int, ...] = ()
         """Changes when groups come, go or grow."""
         self._changed_s = self._moved_s = self._plan_after_s = 0.0
-        self._shrunk_s = float("-inf")
+        self._shrunk_s = self._room_after_s = float("-inf")
         self._filled: tuple[tuple[int, ...], int, int] = (), 0, 0
         """For which groups, page-cached bytes and budget nothing more could come back."""
         self._is_spread = False
@@ -197,7 +199,12 @@ class Watching(Rebinding):
             self._write_back.wake()
             mark = len(residency.groups), self._index.extents.free_bytes
         if residency.pagecache_bytes > budget:
-            self._moves["direct"] += self._make_room()
+            if now_s < self._room_after_s:
+                return
+            moved = self._make_room()
+            if not moved:  # views keep what would have to go
+                self._room_after_s = now_s + PLAN_REST * (time.monotonic() - now_s)
+            self._moves["direct"] += moved
             self._moved_s = self._shrunk_s = now_s
             self._is_spread = False
         elif mark != self._groups_mark:
@@ -216,15 +223,21 @@ class Watching(Rebinding):
             and pagecache_bytes == residency.pagecache_bytes
             and budget <= filled_bytes
         )
+        used_bytes = self._index.used_bytes
+        is_coarse = used_bytes >= SPREAD_MIN_BYTES * len(residency.groups)
         is_quiet = now_s - max(self._moved_s, self._changed_s) >= SPREAD_S
         if is_known and (self._is_spread or not is_quiet):
             return
+        is_full = residency.pagecache_bytes + _core.BLOCK_BYTES > min(budget, used_bytes)
+        if is_full and not is_coarse:
+            return
         begin_s = time.perf_counter()
-        found = self._survey()
-        self._check_anew(found)
-        total = sum(group.size_bytes for group in found.candidates)
-        swaps = int(is_quiet and total >= SPREAD_MIN_BYTES * len(found.candidates))
-        moves = plan_moves(found.candidates, budget, residency.binding, swaps=swaps)
+        # Of many groups many objects are made, none of which can be garbage.
+        with collector_paused():
+            found = self._survey()
+            self._check_anew(found)
+            swaps = int(is_quiet and is_coarse)
+            moves = plan_moves(found.candidates, budget, residency.binding, swaps=swaps)
         self._plan_after_s = now_s + PLAN_REST * (time.perf_counter() - begin_s)
         if not (moves.to_direct or moves.to_pagecache):
             self._filled = self._groups_mark, residency.pagecache_bytes, budget

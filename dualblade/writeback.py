@@ -30,7 +30,7 @@ BATCH_BYTES = 8 << 20
 UNDER_WAY_BYTES = 32 << 20
 """At most so much is started and not waited for: a drive is busy with it, and reads that come
 meanwhile do not wait behind more."""
-NOTES_MAX = 64
+NOTES_MAX = 256
 """So many notes may lie there before the thread is woken for them."""
 ADMIT_LOOK_S = 0.05
 """A writer that waits looks again after so long, whatever it was told."""
@@ -119,7 +119,7 @@ class WriteBack:
         self._under_way: deque[list[tuple[int, int]]] = deque()
         """What was started, the oldest first."""
         self._noted_bytes = self._under_way_bytes = 0
-        """Of the note that is being taken in; of what was started and is not known to be over."""
+        """Of the notes; of what was started and is not known to be over."""
         self.errors = 0
         """How often the device refused. flush() of the device tells why."""
         self.waits = 0
@@ -160,8 +160,7 @@ class WriteBack:
     @property
     def dirty_bytes(self) -> int:
         """Written into the page cache and not known to be on the device."""
-        noted = self._noted_bytes + sum([length for _, length, _ in self._notes.copy()])
-        return noted + self._dirty.total_bytes + self._under_way_bytes
+        return self._noted_bytes + self._dirty.total_bytes + self._under_way_bytes
 
     def admit(self, length: int) -> None:
         """Returns when a write of so many bytes may be made dirty."""
@@ -181,10 +180,10 @@ class WriteBack:
         limit = min(DIRTY_MAX_BYTES, self._budget_bytes() // DIRTY_PART)
         return dirty_bytes > 0 and dirty_bytes + length > max(limit, DIRTY_LEAST_BYTES)
 
-    def written(self, ranges: Sequence[tuple[int, int]]) -> None:
+    def written(self, ranges: Sequence[tuple[int, int]], total_bytes: int) -> None:
         """These ranges, `(offset, length)`, have been written into the page cache."""
-        self._note(self._add_dirty, sum([length for _, length in ranges]), ranges)
-        if len(self._notes) >= NOTES_MAX or self.dirty_bytes >= START_BYTES:
+        self._note(self._add_dirty, total_bytes, ranges)
+        if len(self._notes) >= NOTES_MAX or self._noted_bytes >= START_BYTES:
             self.wake()
 
     def freed(self, extents: Sequence[tuple[int, int]]) -> None:
@@ -193,7 +192,8 @@ class WriteBack:
 
     def reused(self, extents: Sequence[tuple[int, int]]) -> None:
         """Extents were given out again for the page cache: what is there may stay."""
-        self._note(self._remove_freed, 0, extents)
+        if extents and (self._freed.total_bytes or self._notes):
+            self._note(self._remove_freed, 0, extents)
 
     def flush_begins(self) -> None:
         """Called before a flush of the device."""
@@ -216,7 +216,10 @@ class WriteBack:
 
     def _note(self, call: Callable[..., None], length: int = 0, argument: Any = None) -> None:
         if self._is_running:
-            self._notes.append((call, length, argument))
+            notes, note = self._notes, (call, length, argument)
+            # Both or neither: an interrupt, or another thread, comes after the call.
+            self._noted_bytes += length
+            notes.append(note)
 
     # ---- the thread -------------------------------------------------------------------------
 
@@ -258,9 +261,9 @@ class WriteBack:
 
     def _take_notes(self) -> None:
         while self._notes:
-            call, self._noted_bytes, argument = self._notes.popleft()
+            call, length, argument = self._notes.popleft()
             call(argument)
-            self._noted_bytes = 0
+            self._noted_bytes -= length
 
     def _add_dirty(self, ranges: Iterable[tuple[int, int]]) -> None:
         if not self._dirty.total_bytes:

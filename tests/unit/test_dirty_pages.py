@@ -231,7 +231,7 @@ def slow() -> Iterator[tuple[SlowDevice, WriteBack]]:
 def test_a_writer_waits_above_the_bound_only(slow: tuple[SlowDevice, WriteBack]) -> None:
     device, back = slow
     back.admit(100 * MIB)  # nothing is dirty: a write larger than the bound has to begin somewhere
-    back.written([(0, 6 * MIB)])
+    back.written([(0, 6 * MIB)], 6 * MIB)
     back.admit(2 * MIB)
     assert back.waits == 0
     admitted = threading.Event()
@@ -250,9 +250,9 @@ def test_ranges_are_put_together_and_those_freed_are_not_written(
 ) -> None:
     device, back = slow
     device.go.release(1000)
-    back.written([(0, 4096), (8192, 4096)])
-    back.written([(4096, 4096)])
-    back.written([(10 * MIB, MIB)])
+    back.written([(0, 4096), (8192, 4096)], 8192)
+    back.written([(4096, 4096)], 4096)
+    back.written([(10 * MIB, MIB)], MIB)
     back.freed([(10 * MIB, 2 * MIB)])
     back.freed([(20 * MIB, MIB)])
     back.reused([(20 * MIB, MIB // 2)])
@@ -270,11 +270,11 @@ def test_a_write_back_that_fails_stops_nobody(slow: tuple[SlowDevice, WriteBack]
     device, back = slow
     device.go.release(1000)
     device.error = DeviceError(5, "broken")
-    back.written([(0, 8 * MIB)])
+    back.written([(0, 8 * MIB)], 8 * MIB)
     until(lambda: back.dirty_bytes == 0 and back.errors > 0, "it is stuck")
     device.error = None
     errors = back.errors
-    back.written([(0, 8 * MIB)])
+    back.written([(0, 8 * MIB)], 8 * MIB)
     until(lambda: back.dirty_bytes == 0, "it is stuck")
     assert back.errors == errors
 
@@ -285,10 +285,10 @@ def test_a_device_that_was_closed_ends_nothing_badly(path: Path) -> None:
     back = WriteBack(device, lambda: 64 * MIB)
     back.start()
     device.close()
-    back.written([(0, 4 * MIB)])
+    back.written([(0, 4 * MIB)], 4 * MIB)
     until(lambda: back.dirty_bytes == 0, "it is stuck")
     back.stop()
     back.stop()
     back.admit(10 * MIB)
-    back.written([(0, 4 * MIB)])
+    back.written([(0, 4 * MIB)], 4 * MIB)
     assert back.dirty_bytes == 0
