@@ -96,7 +96,7 @@ class EntryAccess:
         """Those that are under way."""
         self._tickets: dict[Ticket, None] = {}
         self._pending: dict[str, tuple[Ticket, ...]] = {}
-        """Puts under way, by key: whatever is done with the key next waits for them."""
+        """Puts and appends under way, by key: whatever is done with the key next waits for them."""
         self._waiting: dict[object, list[str]] = {}
         """Who waits for which keys, the first one first."""
         self._views_gone: collections.deque[Entry] = collections.deque()
@@ -250,8 +250,9 @@ class EntryAccess:
 
     def _wait_for(
         self, keys: Iterable[str], is_taken: Callable[[Entry], bool], *, in_turn: bool = False
-    ) -> list[Entry]:
+    ) -> list[Entry] | None:
         """The entries of these keys, once none is taken. The lock is held, and waits release it.
+        None if a put or an append of one was started meanwhile, which has to be settled first.
 
         `in_turn` lets those go first who waited before: an exclusive hold can be taken again as
         soon as it is given back, before anybody else has woken up.
@@ -266,6 +267,8 @@ class EntryAccess:
                     return entries
                 self._waiting.setdefault(me, keys)
                 self._changed.wait()
+                if self._puts_of(keys):
+                    return None
         finally:
             self._waiting.pop(me, None)
 
@@ -295,8 +298,9 @@ class EntryAccess:
                 if not self._puts_of(keys):
                     self._operations[operation] = None
                     entries = self._wait_for(keys, is_taken, in_turn=in_turn)
-                    self._take(operation, entries)
-                    return entries
+                    if entries is not None:
+                        self._take(operation, entries)
+                        return entries
             self._settle_puts(keys)
 
     @staticmethod

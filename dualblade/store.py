@@ -16,14 +16,14 @@ from functools import partial
 from typing import Any
 
 from dualblade import _core, tensor
-from dualblade.access import IS_EXCLUSIVE, Operation, inside, rows_of
+from dualblade.access import IS_EXCLUSIVE, Operation, inside, is_written, rows_of
 from dualblade.catalog import Catalog, Record
 from dualblade.entry import Entry, Layout, ReadPlan, TensorInfo, layout_of
 from dualblade.errors import CorruptionError, DeviceError, KeyNotFoundError, UnsupportedError
 from dualblade.index import Index
 from dualblade.residency import PathName, Residency
 from dualblade.ticket import Ticket
-from dualblade.transfer import COPY_BYTES, SUBMIT_REQUESTS, Written, drain
+from dualblade.transfer import COPY_BYTES, SUBMIT_REQUESTS, AppendEnd, Written, drain
 from dualblade.views import Views
 from dualblade.watcher import Watching
 
@@ -153,6 +153,34 @@ class TensorStore(Watching, Views):
         with self._appending(rows) as entries:
             self._append(entries, rows_of(entries, rows))
 
+    @inside
+    def append_many_async(self, rows: Mapping[str, Any]) -> Ticket:
+        """Starts an append_many. The rows' memory must stay as it is until the ticket is done.
+
+        Whatever is done with one of the keys next waits for it. An error is raised by the ticket
+        alone, and then nothing was appended to any of them.
+        """
+        operation = Operation(is_appending=True)
+        completions: list[_core.Completion] = []
+        ends: list[AppendEnd] = []
+        written: list[tuple[int, int]] = []
+
+        def finish(error: BaseException | None) -> None:
+            if error is not None:
+                raise error
+            if written and self._write_back is not None:
+                self._write_back.written(written)
+            self._end_append(ends)
+
+        ticket = Ticket(completions, finish, partial(self._end_in_turn, operation))
+        with self._starting(operation, ticket, completions):
+            entries = self._hold(operation, rows, is_written)
+            writes, found = self._plan_append(entries, rows_of(entries, rows))
+            ends += found
+            written += self._start_parts(writes, completions)
+            self._register(operation, ticket, rows)
+        return ticket
+
     def read(self, key: str, start: int, stop: int, out: Any = None) -> Any:
         """The rows [start, stop) of a tensor, as numpy slices count them."""
         return self._start_get([(key, start, stop, out)]).result()[0]
@@ -225,6 +253,8 @@ class TensorStore(Watching, Views):
                 if self._puts_of(keys):
                     continue
                 entries = self._wait_for(keys, IS_EXCLUSIVE)
+                if entries is None:
+                    continue
                 self._index.mark_dirty(self._catalog)
                 operation.doomed = entries
                 self._change(operation)

@@ -28,6 +28,9 @@ COPY_BYTES = 4 << 20
 WRITE_PART_BYTES = 8 << 20
 """Of a write to the page cache so much is made dirty before it is written back and more follows."""
 
+AppendEnd = tuple[Entry, _core.Tail, bytes, int, bytes, int]
+"""What is true of an entry once rows are appended: its tail, checksums, stored, held and rows."""
+
 
 class EntryTransfer(EntryAccess):
     """Reads, writes, appends to, shortens and copies entries, on the path of their group."""
@@ -126,6 +129,21 @@ class EntryTransfer(EntryAccess):
             drain(completions)
             raise
 
+    def _start_parts(
+        self, writes: Iterable[tuple[Entry, Request]], completions: list[_core.Completion]
+    ) -> list[tuple[int, int]]:
+        """Starts writing parts of entries, no large ones; adds to `completions` as it goes. What it
+        returns is for the write-back once all have been written."""
+        ranges = []
+        for name, members in self._by_path(writes).items():
+            requests = [request for _, request in members]
+            if requests and self._write_back is not None and name == "pagecache":
+                ranges = [(offset, len(data)) for offset, data in requests]
+                self._write_back.admit(sum([length for _, length in ranges]))
+            if requests:
+                completions.append(self._paths[name].write(requests, None))
+        return ranges
+
     def _read_bytes(
         self,
         entry: Entry,
@@ -173,6 +191,15 @@ class EntryTransfer(EntryAccess):
     # ---- the end of an entry ----------------------------------------------------------------
 
     def _append(self, entries: list[Entry], parts: list[tensor.Tensor]) -> None:
+        writes, ends = self._plan_append(entries, parts)
+        self._write(writes)
+        self._end_append(ends)
+
+    def _plan_append(
+        self, entries: list[Entry], parts: list[tensor.Tensor]
+    ) -> tuple[list[tuple[Entry, Request]], list[AppendEnd]]:
+        """What has to be written to append rows, and what is true when it has been: readers see
+        the rows after `_end_append()` of that."""
         with self._lock:
             self._index.mark_dirty(self._catalog)
         writes, ends = [], []
@@ -190,7 +217,10 @@ class EntryTransfer(EntryAccess):
             held = bytes(tail.block()[: tail.held])
             rows = entry.rows + part.shape[0]
             ends.append((entry, tail, checksums, tail.stored, held, rows))
-        self._write(writes)
+        return writes, ends
+
+    def _end_append(self, ends: Iterable[AppendEnd]) -> None:
+        """Publishes what has been appended."""
         with self._lock:
             for entry, tail, checksums, stored, held, rows in ends:
                 self._index.changed(entry)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import dualblade
-from dualblade.errors import ClosedError, KeyNotFoundError
+from dualblade.errors import ClosedError, DeviceError, KeyNotFoundError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,14 +70,18 @@ class Worker:
         self.whole: dict[str, np.ndarray] = {}
         self.rows = np.empty((0, 300), np.uint8)
         self.reads: list[tuple[dualblade.Ticket, np.ndarray]] = []
+        self.writes: list[dualblade.Ticket] = []
         store.reserve(self.name + "rows", (4000, 300), "uint8", group=self.group)
 
     def step(self) -> None:
         random = self.random
         key = self.name + str(random.integers(3))
         action = random.choice(
-            ["put", "put_async", "get", "get_async", "append", "truncate", "delete", "path", "info"]
-        )
+            [
+                "put", "put_async", "get", "get_async", "append", "append_many_async", "truncate",
+                "delete", "path", "info",
+            ]
+        )  # fmt: skip
         if action in ("put", "put_async"):
             array = noise(int(random.choice([0, 100, 4096, 300_000])), int(random.integers(1000)))
             getattr(self.store, action)(key, array, group=self.group)
@@ -90,10 +94,13 @@ class Worker:
             np.testing.assert_array_equal(self.store.get(key), self.whole[key])
         elif action == "get_async":
             self.reads.append((self.store.get_async(self.name + "rows"), self.rows))
-        elif action == "append":
+        elif action in ("append", "append_many_async"):
             rows = noise(300 * int(random.choice([1, 7, 200]))).reshape(-1, 300)
             if len(self.rows) + len(rows) <= 4000:
-                self.store.append(self.name + "rows", rows)
+                if action == "append":
+                    self.store.append(self.name + "rows", rows)
+                else:
+                    self.writes.append(self.store.append_many_async({self.name + "rows": rows}))
                 self.rows = np.concatenate([self.rows, rows])
         elif action == "truncate":
             count = int(random.integers(len(self.rows) + 1))
@@ -115,6 +122,8 @@ class Worker:
     def compare(self, store: dualblade.TensorStore) -> None:
         for ticket, expected in self.reads:
             np.testing.assert_array_equal(ticket.result(TIMEOUT_S), expected)
+        for ticket in self.writes:
+            assert ticket.result(TIMEOUT_S) is None
         assert set(store.keys(self.name)) == {*self.whole, self.name + "rows"}
         for key, array in self.whole.items():
             np.testing.assert_array_equal(store.get(key), array)
@@ -434,6 +443,61 @@ def test_keyboard_interrupts_at_any_moment_lose_no_data(path: Path) -> None:
         assert (found == found[:, :1]).all()
         assert (found[::3] == found[2::3]).all()
         assert store.check() == []
+
+
+# ---- appends that nobody waits for ---------------------------------------------------------------
+
+
+def test_what_is_done_next_waits_for_an_append(slow: Any) -> None:
+    device, store = slow
+    store.reserve_many(dict.fromkeys("kv", ((64, 4096), "uint8")))
+    row = noise(4096).reshape(1, 4096)
+    device.add_rule("write", "hold")
+    ticket = store.append_many_async({"k": row, "v": row[:, ::-1].copy()})
+    device.wait_held(1)
+    assert not ticket.done()
+    with ThreadPoolExecutor(2) as pool:
+        reading = pool.submit(store.get, "v")
+        appending = pool.submit(store.append, "k", row)
+        device.release()
+        np.testing.assert_array_equal(reading.result(TIMEOUT_S), row[:, ::-1])
+        appending.result(TIMEOUT_S)
+    np.testing.assert_array_equal(store.get("k"), np.concatenate([row, row]))
+    assert ticket.result() is None
+
+
+def test_an_append_that_fails_adds_nothing(slow: Any) -> None:
+    device, store = slow
+    store.reserve_many(dict.fromkeys("kv", ((64, 4096), "uint8")))
+    row = noise(4096).reshape(1, 4096)
+    store.append_many({"k": row, "v": row})
+    v = store.info("v")
+    device.add_rule("write", "EIO", lo=v.offset, hi=v.offset + v.extent_bytes)
+    ticket = store.append_many_async({"k": row, "v": row})
+    assert store.info("k").rows == store.info("v").rows == 1
+    for _ in range(2):
+        with pytest.raises(DeviceError, match="write"):
+            ticket.result(TIMEOUT_S)
+    device.clear()
+    with pytest.raises(ValueError, match="no room"):
+        store.append_many_async({"k": row, "v": np.zeros((64, 4096), np.uint8)})
+    store.append_many_async({"k": row, "v": row[:, ::-1].copy()})
+    np.testing.assert_array_equal(store.get("v"), np.concatenate([row, row[:, ::-1]]))
+    np.testing.assert_array_equal(store.get("k"), np.concatenate([row, row]))
+
+
+def test_threads_append_to_one_tensor_without_waiting(store: dualblade.TensorStore) -> None:
+    store.reserve("rows", (800, 5000), "uint8")
+
+    def work(number: int) -> None:
+        for _ in range(100):
+            store.append_many_async({"rows": np.full((2, 5000), number, np.uint8)})
+
+    at_once(*(lambda number=number: work(number) for number in range(4)))
+    found = store.get("rows")
+    assert (found == found[:, :1]).all()
+    assert (found[::2] == found[1::2]).all()
+    assert np.bincount(found[:, 0]).tolist() == [200] * 4
 
 
 # ---- asyncio -------------------------------------------------------------------------------------
