@@ -182,7 +182,8 @@ struct db_batch {
     enum db_direction direction;
     struct db_io *ios;
     uint32_t io_count;
-    bool is_ahead; /* a read that nobody waits for yet: all of it goes to the device at once */
+    bool is_ahead; /* a read that nobody waits for yet: all of it goes to the device at once, when
+                      those before it are almost done */
     /* private to queue.c */
     uint32_t next_io;
     uint64_t next_byte;

@@ -24,6 +24,10 @@ enum {
      * everything would be left with all of the looking at the end. It is more than a fast drive
      * moves in two milliseconds. */
     UNSEEN_BYTES_MAX = 16 << 20,
+    /* A read that nobody waits for yet goes out whole, but not before those in front of it are down
+     * to so many bytes. A drive that has more to do than that gains nothing; it may share its time
+     * between them, and one that tells of everything at once keeps back what is wanted first. */
+    AHEAD_BYTES_MAX = 48 << 20,
 };
 
 static uint64_t round_up(uint64_t value, uint64_t unit)
@@ -190,10 +194,27 @@ bool db_piece_is_unseen(const struct db_queue *queue, const struct db_request *r
            !queue->config.engine->has_threads;
 }
 
+bool db_piece_is_ahead(const struct db_queue *queue, const struct db_request *request)
+{
+    return request->direction == DB_READ && request->batch->is_ahead &&
+           !queue->config.engine->has_threads;
+}
+
 static bool has_enough_unseen(const struct db_queue *queue)
 {
     return queue->unseen_bytes >= UNSEEN_BYTES_MAX ||
            (queue->unseen_count > 0 && queue->unseen_count >= queue->config.depth / 2);
+}
+
+/* Whether a batch is to wait for what is at the device, though there is room for it. */
+static bool is_held_back(const struct db_queue *queue, const struct db_batch *batch)
+{
+    if (batch->direction == DB_WRITE)
+        return false;
+    if (!batch->is_ahead)
+        return has_enough_unseen(queue);
+    bool is_begun = batch->in_flight > 0 || batch->next_io > 0 || batch->next_byte > 0;
+    return !is_begun && queue->ahead_bytes > AHEAD_BYTES_MAX;
 }
 
 /* The next piece of the batches of one direction; NULL if there is none, or no room for it. */
@@ -201,10 +222,8 @@ static struct db_request *carve_from(struct db_queue *queue, enum db_direction d
 {
     struct db_batch *batch;
     while ((batch = queue->pending[direction])) {
-        if (find_piece(batch)) {
-            bool waits = direction == DB_READ && !batch->is_ahead && has_enough_unseen(queue);
-            return waits ? NULL : carve(queue, batch);
-        }
+        if (find_piece(batch))
+            return is_held_back(queue, batch) ? NULL : carve(queue, batch);
         queue->pending[direction] = batch->next;
         if (!batch->next)
             queue->pending_end[direction] = &queue->pending[direction];
@@ -245,6 +264,8 @@ uint32_t db_pieces_carve(struct db_queue *queue, struct db_request **out)
             queue->unseen_bytes += request->length;
             queue->unseen_count++;
         }
+        if (db_piece_is_ahead(queue, request))
+            queue->ahead_bytes += request->length;
         out[count++] = request;
     }
     return count;

@@ -208,6 +208,10 @@ static bool count_seen(struct db_queue *queue, struct db_request *const *done, i
     bool has_work = false;
     for (int i = 0; i < count; i++) {
         has_work = has_work || db_piece_needs_finish(done[i]);
+        if (db_piece_is_ahead(queue, done[i])) {
+            assert(queue->ahead_bytes >= done[i]->length);
+            queue->ahead_bytes -= done[i]->length;
+        }
         if (!db_piece_is_unseen(queue, done[i]))
             continue;
         assert(queue->unseen_count > 0 && queue->unseen_bytes >= done[i]->length);

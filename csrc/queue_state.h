@@ -29,6 +29,7 @@ struct db_queue {
     /* Of reads at the device that db_piece_finish() has work with, and somebody waits for. */
     uint64_t unseen_bytes;
     uint32_t unseen_count;
+    uint64_t ahead_bytes; /* of reads at the device that nobody waits for */
     struct db_request_size sizes[2];
 
     uint8_t *staging;
@@ -63,5 +64,7 @@ void db_piece_finish(struct db_request *request, void *queue);
 bool db_piece_needs_finish(const struct db_request *request);
 /* Whether it counts as unseen while it is at the device. */
 bool db_piece_is_unseen(const struct db_queue *queue, const struct db_request *request);
+/* Whether it counts as ahead while it is at the device. */
+bool db_piece_is_ahead(const struct db_queue *queue, const struct db_request *request);
 
 #endif
