@@ -18,11 +18,13 @@ class BufferPool:
 
     Sizes are rounded up by at most an eighth, so that a cache which grows by a token a step finds
     the same memory again, its pages already there. At most `idle_limit` bytes wait to be used, or
-    one buffer if that is larger: without it a step would need as much all the same.
+    twice the largest buffer that was lent if that is more, keys and values: without them a step
+    would need as much all the same.
     """
 
     def __init__(self, idle_limit: int) -> None:
         self._idle_limit = idle_limit
+        self._largest = 0
         self._idle: list[Buffer] = []  # the longest unused first
         self._lent: dict[int, _Loan] = {}
         # Reentrant: an array may die anywhere, also in this thread while it holds the lock.
@@ -49,6 +51,7 @@ class BufferPool:
         """An array of bytes, at least so many. Raises MemoryError."""
         length = self.lent_size(size)
         buffer = self._take_idle(length) or Buffer(length)
+        self._largest = max(self._largest, length)
         # Every view that is ever made of this array refers to it: numpy goes no further back than
         # to the array whose memory belongs to something else.
         root = np.frombuffer(buffer, np.uint8)
@@ -77,7 +80,7 @@ class BufferPool:
             if self._is_closed:
                 return
             self._idle.append(loan.buffer)
-            while len(self._idle) > 1 and self.idle_bytes > self._idle_limit:
+            while self.idle_bytes > max(self._idle_limit, 2 * self._largest):
                 self._idle.pop(0)
 
     def close(self) -> None:

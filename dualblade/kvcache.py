@@ -14,8 +14,10 @@ import numpy as np
 
 from dualblade import tensor
 from dualblade.buffer_pool import BufferPool
-from dualblade.errors import ClosedError, DualbladeError
+from dualblade.errors import ClosedError
 from dualblade.kvlayer import Layer, Snapshot, reordered
+from dualblade.readahead import STAGING_BYTES, ReadAhead
+from dualblade.write_behind import WriteBehind
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -26,9 +28,6 @@ Array = np.ndarray[Any, Any]
 
 # What a layer that names no length starts with; it grows as it must.
 GROWING_TOKENS = 1024
-# Layers are read ahead into memory of at most this, or a quarter of the store's budget if less.
-STAGING_BYTES = 64 << 20
-LOOKAHEAD_LAYERS = 2
 # Batches are rewritten this much at a time.
 REWRITE_BYTES = 8 << 20
 
@@ -57,8 +56,9 @@ class KVCache:
         batch: sequences.
         max_tokens: to lay out storage for, in each layer; None starts small and grows.
         name: what the keys start with; made up if not given.
-        lookahead: layers to read ahead. None: as many as fit into 64 MiB or a quarter of the
-            store's memory budget, at most 2.
+        lookahead: layers to read ahead, whatever memory they take. None: two of those on the
+            direct path and the page-cached ones among the next two, as far as they fit into 80 MiB
+            or a quarter of the store's memory budget; of a larger layer a part.
 
     All methods may be called from any thread, one at a time does its work. Raises NoSpaceError when
     the store has no room, and then nothing was changed; ClosedError after `close()`.
@@ -89,16 +89,18 @@ class KVCache:
         self._dtype = tensor.dtype_tag(dtype)
         max_tokens = GROWING_TOKENS if max_tokens is None else max_tokens
         self._max_tokens = _count("max_tokens", max_tokens)
-        self._lookahead = None if lookahead is None else _count("lookahead", lookahead, least=0)
-        self._staging_bytes = min(STAGING_BYTES, store.memory_budget // 4)
-        self._pool = BufferPool(self._staging_bytes)
+        if lookahead is not None:
+            lookahead = _count("lookahead", lookahead, least=0)
+        self._pool = BufferPool(min(STAGING_BYTES, store.memory_budget // 4))
         self._layers: list[Layer] = []
         self._generation = 0
-        self._ahead: dict[int, Snapshot] = {}
+        self._behind = WriteBehind(store, self._pool)
+        self._ahead = ReadAhead(store, self._pool, self._behind, self._layers, lookahead)
         self._counts: Counter[str] = Counter()
         try:
             for _ in range(_count("layers", layers, least=0)):
-                self.add_layer(self._kv_heads, self._head_dim, value_dim=self._value_dim)
+                self._add_layer(self._new_layer(self._kv_heads, self._head_dim, self._value_dim))
+            store.rebalance()
         except BaseException:
             self.close()
             raise
@@ -121,14 +123,30 @@ class KVCache:
         dtype and max_tokens are the cache's unless given, value_dim is head_dim unless given.
         batch has to agree with the cache's. With a window, `fetch()` returns the last `window`
         tokens only. Raises ValueError, TypeError, NoSpaceError.
+
+        Which layers the page cache keeps is decided anew for those that hold no tokens yet.
         """
-        head_dim = _count("head_dim", head_dim)
         if batch is not None and _count("batch", batch) != self._batch:
             raise ValueError(
                 f"a layer of batch {batch} does not fit a cache of batch {self._batch}: all layers "
                 "hold the same sequences"
             )
-        layer = Layer(
+        layer = self._new_layer(kv_heads, head_dim, value_dim, dtype, max_tokens, window)
+        index = self._add_layer(layer)
+        self._store.rebalance()
+        return index
+
+    def _new_layer(
+        self,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int | None,
+        dtype: Any = None,
+        max_tokens: int | None = None,
+        window: int | None = None,
+    ) -> Layer:
+        head_dim = _count("head_dim", head_dim)
+        return Layer(
             heads=_count("kv_heads", kv_heads),
             dims=(head_dim, head_dim if value_dim is None else _count("value_dim", value_dim)),
             dtype=self._dtype if dtype is None else tensor.dtype_tag(dtype),
@@ -136,6 +154,8 @@ class KVCache:
             capacity=self._max_tokens if max_tokens is None else _count("max_tokens", max_tokens),
             window=None if window is None else _count("window", window),
         )
+
+    def _add_layer(self, layer: Layer) -> int:
         with self._opened():
             index = len(self._layers)
             layer.group = f"{self.name}/{index:03d}"
@@ -192,6 +212,12 @@ class KVCache:
         k is [tokens, batch, kv_heads, head_dim], v [tokens, batch, kv_heads, value_dim]; numpy
         arrays or torch tensors in host memory, with any strides. Raises ValueError if a shape,
         TypeError if a dtype is another.
+
+        The arrays are copied, and written while the caller goes on (large ones, from 1 MiB on the
+        page-cache path and 16 MiB on the direct one, before this returns). What could not be
+        written is kept: the next append() to this layer, or a fetch() before it that finds it so,
+        writes it again, and raises DeviceError as long as that fails. `close()` gives it up, as
+        all of the cache.
         """
         with self._opened():
             into = self._layer(layer)
@@ -203,11 +229,11 @@ class KVCache:
                 return
             if into.tokens + count > into.capacity:
                 self._grow(layer, into, into.tokens + count)
-            self._store.append_many(dict(zip(into.keys, rows, strict=True)))
+            self._behind.append(into, rows)
             into.tokens += count
             ahead = self._ahead.get(layer)
-            if ahead is not None and not ahead.append(rows, into.tokens):
-                self._drop(layer)
+            if ahead is not None:
+                ahead.append(rows, into.tokens)
 
     def _as_rows(self, layer: Layer, which: int, array: Any) -> Array:
         row_shape = layer.row_shape(which)
@@ -221,7 +247,8 @@ class KVCache:
         capacity = layer.capacity
         while capacity < tokens:
             capacity *= 2
-        self._settle(index)  # the run that it reads is about to be given up
+        self._behind.settle(layer)
+        self._ahead.settle(index)  # the run that it reads is about to be given up
         self._store.resize_many(dict.fromkeys(layer.keys, capacity))
         layer.capacity = capacity
         self._counts["grown"] += 1
@@ -243,70 +270,29 @@ class KVCache:
             if first > source.tokens:
                 raise ValueError(f"start {first} is past the {source.tokens} tokens of the layer")
             self._counts["fetches"] += 1
-            if layer in self._ahead and not self._ahead[layer].serves(first, source.tokens):
-                self._drop(layer)
-            found = self._ahead.pop(layer, None)
+            found = self._ahead.take(layer, first)
             is_ahead = found is not None
             if found is None:
-                found = self._start_read(source, first)
-            self._read_ahead(layer)
+                found = Snapshot(self._pool, source, first)
+            self._read_rest(found, source)
+            if found.has_aside and not found.fails():
+                found.join()  # first: its memory is needed for what is read ahead next
+            self._ahead.refill(layer)
+            self._ahead.poll()
             if is_ahead and found.fails():
                 # Read it again, so that what is raised is of this read and not of one long ago.
-                is_ahead, found = False, self._start_read(source, first)
-            found.ticket.result()
+                is_ahead, found = False, Snapshot(self._pool, source, first)
+                self._read_rest(found, source)
+            found.result()
             self._counts["ahead_used"] += is_ahead
             return found.take(first, source)
 
-    def _start_read(self, layer: Layer, first: int) -> Snapshot:
-        """Starts reading the tokens from `first` on into memory with room for some more."""
-        snapshot = Snapshot(self._pool, layer, first)
-        snapshot.ticket = self._store.read_many_async(
-            [
-                (key, first, layer.tokens, memory[: layer.tokens - first])
-                for key, memory in zip(layer.keys, snapshot.memory, strict=True)
-            ]
-        )
-        return snapshot
-
-    def _read_ahead(self, layer: int) -> None:
-        limit = LOOKAHEAD_LAYERS if self._lookahead is None else self._lookahead
-        limit = min(limit, len(self._layers))
-        wanted = [(layer + step) % len(self._layers) for step in range(1, limit + 1)]
-        for index in set(self._ahead).difference(wanted):
-            self._drop(index)
-        for index in wanted:
-            source = self._layers[index]
-            first = source.first_token()
-            ahead = self._ahead.get(index)
-            if ahead is not None and ahead.serves(first, source.tokens):
-                continue
-            self._drop(index)
-            if source.tokens == 0:
-                continue
-            if self._lookahead is None and not self._fits_staging(source, first):
-                return
-            try:
-                self._ahead[index] = self._start_read(source, first)
-            except (DualbladeError, MemoryError):
-                return  # fetch() of that layer will say what is wrong, if it still is
-            self._counts["ahead_started"] += 1
-
-    def _fits_staging(self, layer: Layer, first: int) -> bool:
-        taken = sum(ahead.nbytes for ahead in self._ahead.values())
-        return taken + Snapshot.size(layer, first) <= self._staging_bytes
-
-    def _drop(self, layer: int) -> None:
-        """Forgets what was read ahead, once its memory is nobody's any more."""
-        ahead = self._ahead.pop(layer, None)
-        if ahead is not None:
-            self._counts["ahead_unused"] += 1
-            ahead.fails()
-
-    def _settle(self, layer: int) -> None:
-        """Waits for a read ahead, since the tensor that it reads is about to change."""
-        ahead = self._ahead.get(layer)
-        if ahead is not None and ahead.fails():
-            self._drop(layer)
+    def _read_rest(self, found: Snapshot, layer: Layer) -> None:
+        """Starts reading what a snapshot lacks."""
+        if not found.is_whole or not self._behind.is_busy(layer):
+            self._behind.settle(layer)
+        if not found.is_whole:
+            found.read_rest(self._store)
 
     # ---- truncate, reorder, batch ----------------------------------------------------------------
 
@@ -318,7 +304,8 @@ class KVCache:
             if not longer:
                 return
             for index in longer:
-                self._settle(index)
+                self._behind.truncate(self._layers[index], keep)
+                self._ahead.settle(index)
             self._store.truncate_many(
                 {key: keep for index in longer for key in self._layers[index].keys}
             )
@@ -331,7 +318,7 @@ class KVCache:
                     layer.row_map = cut[id(layer.row_map)] if keep else None
                 ahead = self._ahead.get(index)
                 if ahead is not None and not ahead.truncate(keep):
-                    self._drop(index)
+                    self._ahead.drop(index)
 
     def reset(self) -> None:
         """Forgets all tokens; what was laid out for them stays."""
@@ -388,9 +375,8 @@ class KVCache:
         return order.astype(np.int32)
 
     def _rewrite(self, order: Array) -> None:
-        for index in list(self._ahead):
-            self._settle(index)
-            self._drop(index)
+        self._behind.settle_all()
+        self._ahead.clear()
         self._generation += 1
         moved: list[Layer] = []
         try:
@@ -403,15 +389,16 @@ class KVCache:
             self._store.delete_many([key for layer in moved for key in layer.keys])
             raise
         given_up = [key for layer in self._layers for key in layer.keys]
-        self._layers, self._batch = moved, len(order)
+        self._layers[:], self._batch = moved, len(order)
         self._store.delete_many(given_up)
 
     def _copy_rows(self, source: Layer, target: Layer, order: Array) -> None:
         step = max(1, REWRITE_BYTES // (source.row_bytes(0) + source.row_bytes(1)))
         for first in range(0, source.tokens, step):
             part = source.until(min(first + step, source.tokens))
-            snapshot = self._start_read(part, first)
-            snapshot.ticket.result()
+            snapshot = Snapshot(self._pool, part, first)
+            snapshot.read_rest(self._store)
+            snapshot.result()
             rows = [np.take(array, order, axis=1) for array in snapshot.take(first, part)]
             self._store.append_many(dict(zip(target.keys, rows, strict=True)))
             target.tokens = part.tokens
@@ -422,11 +409,12 @@ class KVCache:
         """What it holds and how reading ahead fares.
 
         "ahead_started", "ahead_used", "ahead_unused": layers that were read ahead, and what became
-        of them. "ahead_bytes", "lent_bytes", "idle_bytes": memory that holds layers read ahead,
-        of all arrays that somebody uses (those read ahead included), and waiting to be used again.
+        of them. "ahead_bytes", "behind_bytes": of what is read ahead, and of tokens that are held
+        until they are written; "staging_limit_bytes" is the most that is read ahead.
+        "lent_bytes", "idle_bytes": memory of all arrays that somebody uses, those included, and
+        waiting to be used again.
         """
         with self._lock:
-            counts = ("fetches", "ahead_started", "ahead_used", "ahead_unused", "grown")
             return {
                 "name": self.name,
                 "layers": len(self._layers),
@@ -437,8 +425,11 @@ class KVCache:
                     for layer in self._layers
                     for which in (0, 1)
                 ),
-                **{count: self._counts[count] for count in counts},
-                "ahead_bytes": sum(ahead.nbytes for ahead in self._ahead.values()),
+                **{name: self._counts[name] for name in ("fetches", "ahead_used", "grown")},
+                **{name: self._ahead.counts[name] for name in ("ahead_started", "ahead_unused")},
+                "ahead_bytes": self._ahead.nbytes,
+                "behind_bytes": self._behind.nbytes,
+                "staging_limit_bytes": self._ahead.limit_bytes,
                 "lent_bytes": self._pool.lent_bytes,
                 "idle_bytes": self._pool.idle_bytes,
             }
@@ -448,8 +439,7 @@ class KVCache:
         with self._lock:
             if self._is_closed:
                 return
-            for index in list(self._ahead):
-                self._settle(index)
+            self._behind.close()
             self._ahead.clear()
             self._pool.close()
             try:

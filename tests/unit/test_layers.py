@@ -20,7 +20,9 @@ LAYERS = (
     {"cli", "integrations"},
     {"__init__"},
     {"kvcache", "opening"},
-    {"kvlayer"},  # this and the next line are KVCache's parts
+    {"readahead"},  # this and the next three lines are KVCache's parts
+    {"write_behind"},
+    {"kvlayer"},
     {"buffer_pool"},
     {"store"},
     {"watcher"},  # this and the next four lines are the store's parts

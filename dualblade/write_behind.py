@@ -1,0 +1,138 @@
+"""Appends to the layers of a KVCache that are written while their caller goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dualblade.kvlayer import Layer, lend_rows
+
+if TYPE_CHECKING:
+    from dualblade.buffer_pool import Array, BufferPool
+    from dualblade.store import TensorStore
+    from dualblade.ticket import Ticket
+
+# Rows are held by so much memory at most until they are written.
+BEHIND_BYTES = 16 << 20
+# More than this on the page-cache path is not worth a copy: it is one, and waits for no drive.
+PAGECACHE_BYTES = 1 << 20
+# Memory for less need not be aligned nor kept.
+POOLED_BYTES = 64 << 10
+
+
+@dataclass
+class _Writing:
+    """Rows on their way to the store."""
+
+    rows: list[Array]
+    first: int
+    """How many tokens the layer had before them."""
+    stop: int
+    nbytes: int
+    ticket: Ticket | None = None
+
+
+class WriteBehind:
+    """Writes rows from a copy of them, one append to a layer at a time.
+
+    A small write to a drive that has tens of megabytes of reads before it takes as long as they do,
+    and whoever waits for it starts no reads meanwhile. What could not be written stays here:
+    whatever is done with the layer next tries again, and raises what goes wrong then.
+    """
+
+    def __init__(self, store: TensorStore, pool: BufferPool) -> None:
+        self._store = store
+        self._pool = pool
+        self._under_way: dict[Layer, _Writing] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Of the rows that are held until they are written."""
+        return sum(writing.nbytes for writing in self._under_way.values())
+
+    def append(self, layer: Layer, rows: list[Array]) -> None:
+        """Starts appending keys and values to a layer, which has room for them; or, where there is
+        nothing to gain, appends them."""
+        self.settle(layer)
+        size_bytes = sum(each.nbytes for each in rows)
+        if size_bytes > self._worth_bytes(layer):
+            self._store.append_many(dict(zip(layer.keys, rows, strict=True)))
+            return
+        self._make_room(size_bytes)
+        first, count = layer.tokens, len(rows[0])
+        copies = []
+        for which, new in enumerate(rows):
+            if new.nbytes < POOLED_BYTES:
+                copies.append(new.copy())
+                continue
+            copies.append(lend_rows(self._pool, layer, which, first, count))
+            np.copyto(copies[-1], new)
+        writing = _Writing(copies, first, first + count, size_bytes)
+        writing.ticket = self._store.append_many_async(dict(zip(layer.keys, copies, strict=True)))
+        self._under_way[layer] = writing
+
+    def _worth_bytes(self, layer: Layer) -> int:
+        if self._store.path_of(layer.group) == "pagecache":
+            return PAGECACHE_BYTES
+        return BEHIND_BYTES
+
+    def _make_room(self, size_bytes: int) -> None:
+        """Lets go of what is written, and waits for more if that is not enough."""
+        for layer, writing in list(self._under_way.items()):
+            is_full = self.nbytes + size_bytes > BEHIND_BYTES
+            if not is_full and not writing.ticket.done():
+                return
+            writing.ticket.settle()
+            if self._is_stored(layer, writing):
+                del self._under_way[layer]
+
+    def _is_stored(self, layer: Layer, writing: _Writing) -> bool:
+        return all(self._store.info(key).rows == writing.stop for key in layer.keys)
+
+    def is_busy(self, layer: Layer) -> bool:
+        """Whether settle() would have to wait."""
+        writing = self._under_way.get(layer)
+        return writing is not None and not writing.ticket.done()
+
+    def is_stored(self, layer: Layer) -> bool:
+        """Whether all rows of a layer are in the store by now."""
+        if self.is_busy(layer):
+            return False
+        writing = self._under_way.get(layer)
+        return writing is None or self._is_stored(layer, writing)
+
+    def settle(self, layer: Layer) -> None:
+        """Returns when all rows of a layer are in the store. Raises what keeps them from it."""
+        writing = self._under_way.get(layer)
+        if writing is None:
+            return
+        writing.ticket.settle()
+        lacking = {
+            key: rows
+            for key, rows in zip(layer.keys, writing.rows, strict=True)
+            if self._store.info(key).rows == writing.first
+        }
+        if lacking:
+            self._store.append_many(lacking)  # what it raises is of now
+        del self._under_way[layer]
+
+    def settle_all(self) -> None:
+        """As settle(), of every layer."""
+        for layer in list(self._under_way):
+            self.settle(layer)
+
+    def truncate(self, layer: Layer, tokens: int) -> None:
+        """Before a layer is cut to so many tokens: gives up what is cut off, settles the rest."""
+        writing = self._under_way.get(layer)
+        if writing is not None and tokens <= writing.first:
+            writing.ticket.settle()
+            del self._under_way[layer]
+        self.settle(layer)
+
+    def close(self) -> None:
+        """Waits for what is under way and forgets it: the tensors are about to go."""
+        for writing in self._under_way.values():
+            writing.ticket.settle()
+        self._under_way.clear()
