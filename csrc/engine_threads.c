@@ -8,6 +8,7 @@
 #include "engine.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -86,8 +87,12 @@ static bool read_what_is_there(struct db_engine *engine, struct db_request *requ
     while (rest.iov_len > 0) {
         off_t offset = (off_t)(request->offset + request->begun_bytes);
         ssize_t moved = preadv2(request->fd, &rest, 1, offset, RWF_NOWAIT);
-        if (moved < 0 && errno == EAGAIN)
+        if (moved < 0 && errno == EAGAIN) {
+            /* That began to read the gap, but where readahead is set to 0 only a page of it, and
+             * the plain read goes on page by page. This reads the range at once, and no more. */
+            (void)posix_fadvise(request->fd, offset, (off_t)rest.iov_len, POSIX_FADV_WILLNEED);
             return false;
+        }
         if (moved < 0 && errno == EOPNOTSUPP)
             engine->can_begin = false;
         if (moved <= 0) { /* the plain read says what it is */

@@ -1,4 +1,4 @@
-"""Dirty pages are written back when asked, and what goes wrong with that is not kept quiet."""
+"""Dirty pages are written back when asked; what fails under the page cache is not kept quiet."""
 
 from __future__ import annotations
 
@@ -105,6 +105,22 @@ def test_a_failed_write_back_that_nobody_waited_for_fails_the_flush(
     faulty.clear()
     with pytest.raises(DeviceError, match="flush"):
         device.flush()
+
+
+def test_a_failed_read_of_the_page_cache_names_its_place(device: _core.Device, faulty: FaultDevice):
+    """The drive is asked ahead of the read that tells of the error."""
+    device.write([(0, b"x" * 4 * MIB)]).wait()
+    faulty.add_rule("read", "EIO", lo=MIB + CHUNK, hi=MIB + CHUNK + 4096)
+    out = bytearray(4 * MIB)
+    with pytest.raises(DeviceError) as told:
+        device.read([(0, out)], path="pagecache").wait()
+    assert told.value.errno == errno.EIO
+    assert told.value.offset is not None
+    assert MIB <= told.value.offset <= MIB + CHUNK
+    assert device.stats()["pagecache"]["in_flight"] == 0
+    faulty.clear()
+    device.read([(0, out)], path="pagecache").wait()
+    assert out == b"x" * 4 * MIB
 
 
 def test_each_member_writes_its_part_back(tmp_path: Path):
