@@ -169,7 +169,7 @@ class TensorStore(Watching, Views):
             if error is not None:
                 raise error
             if written and self._write_back is not None:
-                self._write_back.written(written)
+                self._write_back.written(written, sum([length for _, length in written]))
             self._end_append(ends)
 
         ticket = Ticket(completions, finish, partial(self._end_in_turn, operation))
