@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dualblade.access import Operation, refuse_views
 from dualblade.entry import Entry
-from dualblade.errors import KeyNotFoundError, LiveViewError
+from dualblade.errors import DeviceError, KeyNotFoundError, LiveViewError
 from dualblade.index import collector_paused
 from dualblade.memory import format_size
 from dualblade.paths import PageCachePath
@@ -33,6 +33,8 @@ class Rebinding(EntryTransfer):
         super().__init__(*arguments, **options)
         self._resident: dict[Entry, int] = {}
         """Bytes of page-cached entries that were found in memory; read and changed freely."""
+        self._problems = 0
+        self._last_problem = ""
 
     def path_of(self, group: str) -> PathName:
         """The path that a group takes now. KeyNotFoundError if there is no such group."""
@@ -207,10 +209,13 @@ class Rebinding(EntryTransfer):
             for group in busy:
                 if residency.pagecache_bytes <= residency.budget_bytes:
                     break
-                if self._move_if_idle(group, "direct", found.members.get(group, ())):
-                    moved += 1
-                else:
-                    again.append(group)
+                try:
+                    if self._move_if_idle(group, "direct", found.members.get(group, ())):
+                        moved += 1
+                    else:
+                        again.append(group)
+                except DeviceError as error:  # others may still be able to leave
+                    self._note_problem(error)
             busy = again
             if busy and time.monotonic() < until_s:
                 self._settle_finished()
@@ -222,4 +227,11 @@ class Rebinding(EntryTransfer):
                     moved += 1
                 except (KeyNotFoundError, LiveViewError):
                     continue  # deleted meanwhile, or looked at
+                except DeviceError as error:
+                    self._note_problem(error)
         return moved
+
+    def _note_problem(self, error: Exception) -> None:
+        """What went wrong in the background, for stats(): it is tried again."""
+        self._problems += 1
+        self._last_problem = f"{type(error).__name__}: {error}"

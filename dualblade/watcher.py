@@ -114,8 +114,6 @@ class Watching(Rebinding):
         self._watcher: Watcher | None = None
         self._moves: Counter[str] = Counter()
         self._evicted_bytes = self._samples = 0
-        self._problems = 0
-        self._last_problem = ""
         self._groups_mark: tuple[int, ...] = ()
         """Changes when groups come, go or grow."""
         self._changed_s = self._moved_s = self._plan_after_s = 0.0
@@ -174,8 +172,7 @@ class Watching(Rebinding):
         except ClosedError:
             return False
         except Exception as error:  # noqa: BLE001  the store goes on, and says what it was
-            self._problems += 1
-            self._last_problem = f"{type(error).__name__}: {error}"
+            self._note_problem(error)
         return True
 
     def _look(self, now_s: float) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -178,6 +181,42 @@ def test_the_watcher_survives_what_goes_wrong(store: dualblade.TensorStore, memo
     memory.free_bytes = (16 + 17) * MIB
     until(lambda: len(cached(store)) == 2, "it gave up")
     memory.error = OSError("said at the end")
+
+
+def test_a_group_that_cannot_be_written_back_keeps_no_other(
+    memory: Memory, fault_device: Callable[..., Any]
+) -> None:
+    """On a loop device over one that fails: the page cache is the kernel's."""
+    fault = fault_device(64 * MIB)
+    attached = subprocess.run(
+        ["losetup", "--find", "--show", "--direct-io=on", os.fspath(fault.path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if attached.returncode:
+        pytest.skip(f"no loop device: {attached.stderr.strip()}")
+    loop = attached.stdout.strip()
+    try:
+        with dualblade.open(loop, format=True) as store:
+            for i in range(4):
+                store.put(f"k{i}", noise(4 * MIB, i), group=f"g{i}")
+            store.flush()
+            store.reserve("rows", (4 * MIB,), "uint8", group="g3")
+            place = store.info("rows").offset
+            fault.add_rule("write", "EIO", lo=place, hi=place + 4 * MIB)
+            store.append("rows", noise(MIB))
+            memory.free_bytes = 0
+            until(lambda: cached(store) in ([], [3]), "one that fails keeps the others")
+            until(lambda: residency(store)["problems"] > 0, "nothing is said of it")
+            fault.clear()
+            until(lambda: cached(store) == [], "it is not tried again")
+            with pytest.raises(dualblade.DeviceError):
+                store.flush()
+            for i in range(4):
+                np.testing.assert_array_equal(store.get(f"k{i}"), noise(4 * MIB, i))
+    finally:
+        subprocess.run(["losetup", "--detach", loop], check=True)
 
 
 def test_evictions_are_seen_and_widen_the_margin(
@@ -424,10 +463,6 @@ def test_groups_follow_the_limit_of_a_cgroup(
     memory_cgroup: Callable[[int], Any], path: Path
 ) -> None:
     """256 MiB of tensors are read while the limit falls from 512 MiB to 192 and rises again."""
-    import json
-    import subprocess
-    import sys
-
     group = memory_cgroup(512 * MIB)
     command = [sys.executable, "-c", PROGRAM, str(path)]
     pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
