@@ -16,7 +16,7 @@ from dualblade import tensor
 from dualblade.buffer_pool import BufferPool
 from dualblade.errors import ClosedError
 from dualblade.kvlayer import Layer, Snapshot, reordered
-from dualblade.readahead import STAGING_BYTES, ReadAhead
+from dualblade.readahead import ReadAhead
 from dualblade.write_behind import WriteBehind
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ Array = np.ndarray[Any, Any]
 
 # What a layer that names no length starts with; it grows as it must.
 GROWING_TOKENS = 1024
+# Memory that waits to be used again: at most this, or a layer's keys and values if they are more.
+IDLE_BYTES = 16 << 20
 # Batches are rewritten this much at a time.
 REWRITE_BYTES = 8 << 20
 
@@ -58,7 +60,8 @@ class KVCache:
         name: what the keys start with; made up if not given.
         lookahead: layers to read ahead, whatever memory they take. None: two of those on the
             direct path and the page-cached ones among the next two, as far as they fit into 80 MiB
-            or a quarter of the store's memory budget; of a larger layer a part.
+            (1/32 of the store's memory budget if that is more, 1/4 if that is less); of a direct
+            layer that does not fit, a part.
 
     All methods may be called from any thread, one at a time does its work. Raises NoSpaceError when
     the store has no room, and then nothing was changed; ClosedError after `close()`.
@@ -91,7 +94,7 @@ class KVCache:
         self._max_tokens = _count("max_tokens", max_tokens)
         if lookahead is not None:
             lookahead = _count("lookahead", lookahead, least=0)
-        self._pool = BufferPool(min(STAGING_BYTES, store.memory_budget // 4))
+        self._pool = BufferPool(min(IDLE_BYTES, store.memory_budget // 4))
         self._layers: list[Layer] = []
         self._generation = 0
         self._behind = WriteBehind(store, self._pool)

@@ -85,8 +85,8 @@ class Snapshot:
     """A layer's tokens from `first` on in memory, or on their way there, in stored order.
 
     What is read ahead may be all of them, or where memory is short the keys alone, or only the
-    first rows of either: then in memory for just these, which are copied once the rest of the
-    memory is there. Tokens appended to the layer later are copied in as well.
+    first of these: then in memory for just so many, from which they are copied once there is
+    memory for all. Tokens appended to the layer later are copied in as well.
     """
 
     def __init__(self, pool: BufferPool, layer: Layer, first: int) -> None:
@@ -121,7 +121,7 @@ class Snapshot:
     def read_ahead(self, store: TensorStore, room_bytes: int, *, in_part: bool) -> int:
         """Starts reading what takes at most so many bytes; returns what it takes.
 
-        The keys first, each tensor whole; with `in_part`, as many rows as there is room for.
+        The keys first, each tensor whole; with `in_part`, as many keys as there is room for.
         """
         taken_bytes = 0
         for which, rows in enumerate(self._rows):
@@ -131,7 +131,8 @@ class Snapshot:
                 size_bytes = (stop - self.first) * self._layer.row_bytes(which)
                 is_short = size_bytes > room
                 if is_short:
-                    stop = self._stop_within(which, room) if in_part else self.first
+                    is_worth = in_part and which == 0
+                    stop = self._stop_within(which, room) if is_worth else self.first
                     size_bytes = (stop - self.first) * self._layer.row_bytes(which)
                 if stop > self.first:
                     spare = 0 if is_short else SPARE_TOKENS

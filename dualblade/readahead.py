@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from dualblade.store import TensorStore
     from dualblade.write_behind import WriteBehind
 
-# Layers are read ahead into memory of at most this, or a quarter of the store's budget if that is
-# less; but never less than what keeps a drive busy while a layer is copied. A layer of 64 MiB and
-# what it grows by fit in.
+# Layers are read ahead into memory of at most this, or a share of the store's budget if that is
+# more, but no more than a quarter of it; and never less than what keeps a drive busy for a moment.
+# A layer of 64 MiB and what it grows by fit in: where the drive has but half a layer to read while
+# page-cached ones are copied, a step takes up to twice as long.
 STAGING_BYTES = 80 << 20
+STAGING_SHARE = 32
 STAGING_LEAST_BYTES = 4 << 20
 LOOKAHEAD_LAYERS = 2
 
@@ -61,7 +63,9 @@ class ReadAhead:
     @property
     def limit_bytes(self) -> int:
         """What may be ahead, unless the number of layers was given."""
-        return min(STAGING_BYTES, max(STAGING_LEAST_BYTES, self._store.memory_budget // 4))
+        budget_bytes = self._store.memory_budget
+        wanted_bytes = max(STAGING_BYTES, budget_bytes // STAGING_SHARE)
+        return max(STAGING_LEAST_BYTES, min(wanted_bytes, budget_bytes // 4))
 
     def get(self, index: int) -> Snapshot | None:
         """What is ahead of a layer."""
