@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dualblade.errors import DualbladeError
 from dualblade.kvlayer import Layer, lend_rows
 
 if TYPE_CHECKING:
@@ -109,6 +110,10 @@ class WriteBehind:
         if writing is None:
             return
         writing.ticket.settle()
+        try:
+            writing.ticket.result()
+        except (DualbladeError, OSError, KeyboardInterrupt):
+            pass  # of then, as a signal that came meanwhile; what is lacking is written now
         lacking = {
             key: rows
             for key, rows in zip(layer.keys, writing.rows, strict=True)

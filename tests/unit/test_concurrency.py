@@ -466,6 +466,17 @@ def test_what_is_done_next_waits_for_an_append(slow: Any) -> None:
     assert ticket.result() is None
 
 
+@pytest.mark.parametrize("live", [False, True])
+def test_an_append_through_the_page_cache(path: Path, live: bool) -> None:
+    with dualblade.open(path, size="64MiB", live=live) as store:
+        store.reserve("x", (100, 5000), "uint8")
+        assert store.path_of("x") == "pagecache"
+        for number in range(100):
+            row = np.full((1, 5000), number, np.uint8)
+            assert store.append_many_async({"x": row}).result(TIMEOUT_S) is None
+        assert (store.get("x") == np.arange(100, dtype=np.uint8)[:, None]).all()
+
+
 def test_an_append_that_fails_adds_nothing(slow: Any) -> None:
     device, store = slow
     store.reserve_many(dict.fromkeys("kv", ((64, 4096), "uint8")))
