@@ -42,7 +42,7 @@ A control group with the memory controller is needed, of version 1 or 2: root, o
 fio gives the floor (apt install fio). bench/README.md says what is measured, and how.
 """
 BUDGETS = (25, 37, 62, 87, 112, 137)
-COPY_BYTES = 1 << 30
+COPY_BYTES = 2 << 30
 SPARE_BYTES = 32 << 20
 """Of the file: what a store keeps for itself."""
 
@@ -58,7 +58,7 @@ class Bench:
         self.options = options
         self.drive = floor.Drive(path, options.kv // 2)
         layer_bytes = options.kv // options.layers
-        size = min(COPY_BYTES, options.kv // 2)
+        size = min(COPY_BYTES, options.kv)
         self.copy = floor.Copy(os.path.join(state, "copy"), size, layer_bytes)
         self.drive_rates: list[float] = []
         self.copy_rates: list[float] = []

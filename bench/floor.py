@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -115,8 +116,10 @@ class Copy:
         self.probe()  # the first is of memory that nobody had touched
 
     def probe(self) -> float:
-        """Bytes a second, now."""
-        return max(self._run(count) for count in self.threads for _ in range(2))
+        """Bytes a second, now: the number of threads with the best median of three."""
+        return max(
+            statistics.median(self._run(count) for _ in range(3)) for count in self.threads
+        )
 
     def _run(self, threads: int) -> float:
         def work(number: int) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MARGIN_MIN_BYTES = 16 << 20
 """Kept free in any case: what a program may take between two samples without a warning, and the
 pages of page tables, slabs and sockets that nobody announces."""
-MARGIN_PART = 64
+MARGIN_PART = 128
 """And of large memories this part: they are used by more at once."""
 MARGIN_MAX_PART = 4
 """The margin never takes more than this part: with pressure that our leaving does not lift, more

@@ -97,7 +97,7 @@ class KVCache:
         self._pool = BufferPool(min(IDLE_BYTES, store.memory_budget // 4))
         self._layers: list[Layer] = []
         self._generation = 0
-        self._behind = WriteBehind(store, self._pool)
+        self._behind = WriteBehind(store)
         self._ahead = ReadAhead(store, self._pool, self._behind, self._layers, lookahead)
         self._counts: Counter[str] = Counter()
         try:

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dualblade.errors import DualbladeError
-from dualblade.kvlayer import Layer, lend_rows
+from dualblade import tensor
+from dualblade._core import BLOCK_BYTES, Buffer, ExtentMap
+from dualblade.errors import DualbladeError, NoSpaceError
+from dualblade.kvlayer import Layer
 
 if TYPE_CHECKING:
-    from dualblade.buffer_pool import Array, BufferPool
+    from dualblade.buffer_pool import Array
     from dualblade.store import TensorStore
     from dualblade.ticket import Ticket
 
@@ -20,7 +22,7 @@ BEHIND_BYTES = 16 << 20
 # More than this on the page-cache path is not worth a copy: it is one, and waits for no drive.
 PAGECACHE_BYTES = 1 << 20
 # Memory for less need not be aligned nor kept.
-POOLED_BYTES = 64 << 10
+STAGED_BYTES = 64 << 10
 
 
 @dataclass
@@ -28,6 +30,8 @@ class _Writing:
     """Rows on their way to the store."""
 
     rows: list[Array]
+    lent: list[tuple[int, int]]
+    """What they take of the stage: (offset, length)."""
     first: int
     """How many tokens the layer had before them."""
     stop: int
@@ -43,9 +47,9 @@ class WriteBehind:
     whatever is done with the layer next tries again, and raises what goes wrong then.
     """
 
-    def __init__(self, store: TensorStore, pool: BufferPool) -> None:
+    def __init__(self, store: TensorStore) -> None:
         self._store = store
-        self._pool = pool
+        self._stage: _Stage | None = None
         self._under_way: dict[Layer, _Writing] = {}
 
     @property
@@ -63,16 +67,34 @@ class WriteBehind:
             return
         self._make_room(size_bytes)
         first, count = layer.tokens, len(rows[0])
-        copies = []
+        writing = _Writing([], [], first, first + count, size_bytes)
         for which, new in enumerate(rows):
-            if new.nbytes < POOLED_BYTES:
-                copies.append(new.copy())
-                continue
-            copies.append(lend_rows(self._pool, layer, which, first, count))
-            np.copyto(copies[-1], new)
-        writing = _Writing(copies, first, first + count, size_bytes)
-        writing.ticket = self._store.append_many_async(dict(zip(layer.keys, copies, strict=True)))
+            if new.nbytes < STAGED_BYTES:
+                writing.rows.append(new.copy())
+            else:
+                writing.rows.append(self._copy(layer, which, new, writing.lent))
+        if not writing.lent and not any(each.lent for each in self._under_way.values()):
+            self._stage = None  # prefill is over, and single tokens need none
+        writing.ticket = self._store.append_many_async(
+            dict(zip(layer.keys, writing.rows, strict=True))
+        )
         self._under_way[layer] = writing
+
+    def _copy(self, layer: Layer, which: int, rows: Array, lent: list[tuple[int, int]]) -> Array:
+        """A copy of rows that begins as far into a block as it is stored, so that direct I/O needs
+        no other. It notes what it takes of the stage in `lent`."""
+        if self._stage is None:
+            self._stage = _Stage()
+        lead = layer.tokens * layer.row_bytes(which) % BLOCK_BYTES
+        memory = self._stage.lend(lead + rows.nbytes, lent)
+        copy = np.ndarray(rows.shape, tensor.numpy_dtype(layer.dtype), memory, lead)
+        np.copyto(copy, rows)
+        return copy
+
+    def _forget(self, layer: Layer) -> None:
+        writing = self._under_way.pop(layer)
+        if self._stage is not None:
+            self._stage.take_back(writing.lent)
 
     def _worth_bytes(self, layer: Layer) -> int:
         if self._store.path_of(layer.group) == "pagecache":
@@ -87,7 +109,7 @@ class WriteBehind:
                 return
             writing.ticket.settle()
             if self._is_stored(layer, writing):
-                del self._under_way[layer]
+                self._forget(layer)
 
     def _is_stored(self, layer: Layer, writing: _Writing) -> bool:
         return all(self._store.info(key).rows == writing.stop for key in layer.keys)
@@ -121,7 +143,7 @@ class WriteBehind:
         }
         if lacking:
             self._store.append_many(lacking)  # what it raises is of now
-        del self._under_way[layer]
+        self._forget(layer)
 
     def settle_all(self) -> None:
         """As settle(), of every layer."""
@@ -133,7 +155,7 @@ class WriteBehind:
         writing = self._under_way.get(layer)
         if writing is not None and tokens <= writing.first:
             writing.ticket.settle()
-            del self._under_way[layer]
+            self._forget(layer)
         self.settle(layer)
 
     def close(self) -> None:
@@ -141,3 +163,30 @@ class WriteBehind:
         for writing in self._under_way.values():
             writing.ticket.settle()
         self._under_way.clear()
+        self._stage = None
+
+
+class _Stage:
+    """Memory for rows until they are written: in one piece, since the processor and the kernel go
+    through huge pages in less time than through small ones."""
+
+    def __init__(self) -> None:
+        # Rows begin within a block, and what is lent is whole blocks.
+        self._memory = Buffer(2 * BEHIND_BYTES)
+        self._free = ExtentMap(len(self._memory), BLOCK_BYTES)
+
+    def lend(self, size: int, lent: list[tuple[int, int]]) -> memoryview | Buffer:
+        """So much memory, which is noted in `lent`. Where what is free lies too scattered, memory
+        of its own."""
+        length = -(-size // BLOCK_BYTES) * BLOCK_BYTES
+        try:
+            offset = self._free.allocate(length)
+        except NoSpaceError:
+            return Buffer(length)
+        lent.append((offset, length))
+        return memoryview(self._memory)[offset : offset + length]
+
+    def take_back(self, lent: list[tuple[int, int]]) -> None:
+        """What was lent is free again."""
+        while lent:
+            self._free.free(*lent.pop())
