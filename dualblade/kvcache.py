@@ -216,11 +216,10 @@ class KVCache:
         arrays or torch tensors in host memory, with any strides. Raises ValueError if a shape,
         TypeError if a dtype is another.
 
-        The arrays are copied, and written while the caller goes on (large ones, from 1 MiB on the
-        page-cache path and 16 MiB on the direct one, before this returns). What could not be
-        written is kept: the next append() to this layer, or a fetch() before it that finds it so,
-        writes it again, and raises DeviceError as long as that fails. `close()` gives it up, as
-        all of the cache.
+        The arrays are copied, and written while the caller goes on (those of more than 16 MiB
+        before this returns). What could not be written is kept: the next append() to this layer, or
+        a fetch() before it that finds it so, writes it again, and raises DeviceError as long as
+        that fails. `close()` gives it up, as all of the cache.
         """
         with self._opened():
             into = self._layer(layer)

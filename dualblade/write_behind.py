@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 # Rows are held by so much memory at most until they are written.
 BEHIND_BYTES = 16 << 20
-# More than this on the page-cache path is not worth a copy: it is one, and waits for no drive.
-PAGECACHE_BYTES = 1 << 20
 # Memory for less need not be aligned nor kept.
 STAGED_BYTES = 64 << 10
 
@@ -62,7 +60,7 @@ class WriteBehind:
         nothing to gain, appends them."""
         self.settle(layer)
         size_bytes = sum(each.nbytes for each in rows)
-        if size_bytes > self._worth_bytes(layer):
+        if size_bytes > BEHIND_BYTES:
             self._store.append_many(dict(zip(layer.keys, rows, strict=True)))
             return
         self._make_room(size_bytes)
@@ -95,11 +93,6 @@ class WriteBehind:
         writing = self._under_way.pop(layer)
         if self._stage is not None:
             self._stage.take_back(writing.lent)
-
-    def _worth_bytes(self, layer: Layer) -> int:
-        if self._store.path_of(layer.group) == "pagecache":
-            return PAGECACHE_BYTES
-        return BEHIND_BYTES
 
     def _make_room(self, size_bytes: int) -> None:
         """Lets go of what is written, and waits for more if that is not enough."""

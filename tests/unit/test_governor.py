@@ -90,7 +90,7 @@ def test_the_cap_holds_and_the_margin_is_never_given_away() -> None:
     world.run([0.0])
     assert world.budgets[-1] == 0
     large = Governor()
-    assert large.update(0.0, sample(64 * GIB, limit_bytes=128 * GIB), 0) == 62 * GIB
+    assert large.update(0.0, sample(64 * GIB, limit_bytes=128 * GIB), 0) == 63 * GIB
 
 
 def tremor(period_s: float, seconds: float, low: float, high: float) -> list[float]:
