@@ -23,7 +23,7 @@ MARGIN_PART = 128
 MARGIN_MAX_PART = 4
 """The margin never takes more than this part: with pressure that our leaving does not lift, more
 would bring nothing."""
-GROW_DELAY_S = 0.5
+GROW_DELAY_S = 0.3
 """So long must memory be free before groups come back: longer than a spike of a computation, and
 within a decode step or two."""
 GROW_DELAY_MAX_S = 30.0
