@@ -117,9 +117,7 @@ class Copy:
 
     def probe(self) -> float:
         """Bytes a second, now: the number of threads with the best median of three."""
-        return max(
-            statistics.median(self._run(count) for _ in range(3)) for count in self.threads
-        )
+        return max(statistics.median(self._run(count) for _ in range(3)) for count in self.threads)
 
     def _run(self, threads: int) -> float:
         def work(number: int) -> None:
