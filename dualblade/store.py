@@ -178,7 +178,8 @@ class TensorStore(Watching, Views):
             writes, found = self._plan_append(entries, rows_of(entries, rows))
             ends += found
             written += self._start_parts(writes, completions)
-            self._register(operation, ticket, rows)
+            # The mapping is the caller's, who may empty it at once.
+            self._register(operation, ticket, [entry.key for entry in entries])
         return ticket
 
     def read(self, key: str, start: int, stop: int, out: Any = None) -> Any:

@@ -466,6 +466,17 @@ def test_what_is_done_next_waits_for_an_append(slow: Any) -> None:
     assert ticket.result() is None
 
 
+def test_the_mapping_of_an_append_is_the_callers_at_once(store: dualblade.TensorStore) -> None:
+    store.reserve_many(dict.fromkeys("kv", ((64, 4096), "uint8")))
+    row = noise(4096).reshape(1, 4096)
+    rows = {"k": row, "v": row}
+    ticket = store.append_many_async(rows)
+    rows.clear()
+    ticket.result(TIMEOUT_S)
+    store.append("v", row)
+    np.testing.assert_array_equal(store.get("v"), np.concatenate([row, row]))
+
+
 @pytest.mark.parametrize("live", [False, True])
 def test_an_append_through_the_page_cache(path: Path, live: bool) -> None:
     with dualblade.open(path, size="64MiB", live=live) as store:
