@@ -87,6 +87,11 @@ class Index:
         """The entries of a group, which may not exist."""
         return [entry for entry in list(self.entries.values()) if entry.group == group]
 
+    def viewed_groups(self) -> set[str]:
+        """The groups that callers have tensors of mapped, those deleted or replaced included."""
+        entries = itertools.chain(list(self.entries.values()), list(self.kept))
+        return {entry.group for entry in entries if entry.views}
+
     # ---- entries come and go ----------------------------------------------------------------
 
     def place(self, entries: Sequence[Entry], residency: Residency, *, one_run: bool) -> None:

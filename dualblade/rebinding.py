@@ -152,8 +152,8 @@ class Rebinding(EntryTransfer):
         for group in groups:
             try:
                 self._bind(group, "direct")
-            except KeyNotFoundError:
-                continue  # deleted meanwhile
+            except (KeyNotFoundError, LiveViewError):
+                continue  # deleted meanwhile, or looked at
 
     # ---- many at once -----------------------------------------------------------------------
 

@@ -543,6 +543,10 @@ class TensorStore(Watching, Views):
         self._release_views()
         with self._lock:
             crowded = self._residency.crowded(_growth(entries, replaced))
+            if crowded and self._index.viewed_bytes:
+                # These stay where they are, over the budget for as long as they are looked at.
+                pinned = self._index.viewed_groups()
+                crowded = [group for group in crowded if group not in pinned]
             self._index.mark_dirty(self._catalog)
             self._index.place(entries, self._residency, one_run=one_run)
             if crowded:

@@ -148,6 +148,26 @@ def test_what_would_change_a_view_is_refused(target: Target, engine: Engine):
         assert store.path_of("g") == "direct"
 
 
+def test_a_group_that_is_looked_at_grows_past_the_budget(target: Target, engine: Engine):
+    """It can't leave the page cache, and what is put beside it need not wait for that."""
+    options = {"policy": "dual", "memory": "8MiB", "live": False}
+    with open_store(target, engine, format=True, **options) as store:
+        store.put("seen", np.ones(4 * MIB, np.uint8), group="g")
+        views = [store.view("seen")]
+        store.put("other", np.full(5 * MIB, 2, np.uint8), group="g")
+        store.reserve("rows", (5, MIB), "uint8", group="g")
+        store.resize("rows", 6)
+        store.delete("seen")  # its extent is kept, in the group
+        store.put("another", np.full(MIB, 3, np.uint8), group="g")
+        assert store.path_of("g") == "pagecache"
+        assert views[0].all()
+        views.clear()
+        store.put("another", np.full(2 * MIB, 4, np.uint8), group="g")
+        assert store.path_of("g") == "direct"
+        assert (store.get("other") == 2).all()
+        assert (store.get("another") == 4).all()
+
+
 def test_a_shrinking_budget_goes_around_views(target: Target, engine: Engine):
     options = {"policy": "dual", "memory": "16MiB", "live": False}
     with open_store(target, engine, format=True, **options) as store:
