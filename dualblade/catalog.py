@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from dualblade._core import checksum
+from dualblade._core import Bracket, checksum
 from dualblade.errors import (
     ClosedError,
     CorruptionError,
@@ -146,13 +146,18 @@ class Catalog:
         with catalog._closed_on_failure(), catalog._errors("create") as connection:
             connection.execute("PRAGMA journal_mode = WAL")  # kept in the file
             connection.execute("PRAGMA synchronous = FULL")
-        with catalog._closed_on_failure(), catalog._transaction() as connection:
+        with (
+            catalog._closed_on_failure(),
+            catalog._errors("write") as connection,
+            catalog._transaction(connection),
+        ):
             # executescript() would commit the transaction that it finds open.
             for statement in filter(str.strip, _SCHEMA.split(";\n")):
                 connection.execute(statement)
             connection.execute("INSERT INTO store VALUES (1, ?, 1)", (store_id,))
             connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+            connection.execute("COMMIT")
         return catalog
 
     @classmethod
@@ -192,15 +197,17 @@ class Catalog:
 
         When it returns, the change is on the medium. clean says whether the store's data is, too.
         """
-        with self._transaction() as connection:
+        with self._errors("write") as connection, self._transaction(connection):
             connection.executemany("DELETE FROM tensor WHERE key = ?", ((key,) for key in deletes))
             connection.executemany(_UPSERT, map(_row, upserts))
             connection.execute("UPDATE store SET clean = ?", (int(clean),))
+            connection.execute("COMMIT")
 
     def mark_dirty(self) -> None:
         """Says that the store is in use and has changed since the last commit; one fsync."""
-        with self._transaction() as connection:
+        with self._errors("write") as connection, self._transaction(connection):
             connection.execute("UPDATE store SET clean = 0")
+            connection.execute("COMMIT")
 
     def close(self) -> None:
         """Folds the write-ahead log into the file. Twice is fine; after a fork it does nothing."""
@@ -246,18 +253,16 @@ class Catalog:
                 raise
             raise _translated(error, self.path, operation) from error
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._errors("write") as connection:
-            connection.execute("BEGIN IMMEDIATE")
-            try:
-                yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                # After some errors (a full disk) SQLite has rolled back already.
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
-                raise
+    @staticmethod
+    def _transaction(connection: sqlite3.Connection) -> Bracket:
+        """What is not committed at its end is rolled back, whatever interrupts it."""
+
+        def roll_back() -> None:
+            # After some errors (a full disk) SQLite has done so already.
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+
+        return Bracket(functools.partial(connection.execute, "BEGIN IMMEDIATE"), roll_back)
 
     @contextlib.contextmanager
     def _closed_on_failure(self) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """The catalog: what was committed is there again, all of it or nothing, and only for its store."""
 
+import ctypes
+import functools
 import inspect
 import os
 import signal
@@ -388,3 +390,25 @@ def test_a_devices_catalog_lies_in_the_state_directory_under_the_stores_id(tmp_p
     monkeypatch.setenv("HOME", "/home/user")
     expected = f"/home/user/.local/state/dualblade/{name}"
     assert str(catalog_path("/dev/nvme1n1", "block", STORE)) == expected
+
+
+def test_an_interrupt_leaves_no_transaction_open(tmp_path):
+    """It comes as soon as the transaction has begun; the traceback lives on."""
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    raise_it = functools.partial(ctypes.CDLL(None)["raise"], signal.SIGUSR1)  # in C alone
+    try:
+        with Catalog.create(tmp_path / "c", STORE) as catalog:
+            catalog.commit([record("a")], [], clean=True)
+            for change in (catalog.mark_dirty, lambda: catalog.commit([], ["a"], clean=True)):
+                catalog._connection.set_trace_callback(raise_it)
+                with pytest.raises(KeyboardInterrupt) as interrupted:
+                    change()
+                catalog._connection.set_trace_callback(None)
+                assert interrupted.tb is not None
+                assert not catalog._connection.in_transaction
+            assert [each.key for each in catalog.records()] == ["a"]
+            catalog.commit([record("b")], [], clean=True)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    with Catalog.open(tmp_path / "c", STORE) as catalog:
+        assert [each.key for each in catalog.records()] == ["a", "b"]
