@@ -317,8 +317,9 @@ class TensorStore(Watching, Views):
                 self._write_back.flush_ended()
             with self._lock:
                 is_clean = version == self._index.version
-                self._catalog.commit(records, deleted, clean=is_clean)
+                # First: whoever is interrupted after the commit marks the next change all the same.
                 self._index.is_clean = is_clean
+                self._catalog.commit(records, deleted, clean=is_clean)
                 self._index.saved()
         except BaseException:
             with self._lock:

@@ -422,6 +422,31 @@ def test_what_was_changed_after_the_flush_starts_empty_and_says_so(path: Path, c
             np.testing.assert_array_equal(store.get("x"), noise(MIB))
 
 
+INTERRUPTED = """
+    store.put("x", noise(MIB, 2))
+    catalog, commit = store._catalog, store._catalog.commit
+    def cut_short(*arguments, **options):
+        commit(*arguments, **options)
+        raise KeyboardInterrupt
+    catalog.commit = cut_short
+    try:
+        store.flush()
+    except KeyboardInterrupt:
+        pass
+    store.put("x", noise(MIB, 3))
+"""
+
+
+def test_what_was_changed_after_an_interrupted_flush_starts_empty_too(path: Path) -> None:
+    """The interrupt comes after the index was saved, and before the store knows."""
+    killed(f"{SAVED}{INTERRUPTED}", path)
+    with (
+        pytest.warns(DualbladeWarning, match="starts empty, and the 3 tensors of its last save"),
+        dualblade.open(path) as store,
+    ):
+        assert store.keys() == []
+
+
 def test_a_store_killed_before_its_first_flush_can_be_opened(path: Path) -> None:
     killed("\n    store = dualblade.open(path, size='4MiB')\n    store.put('x', noise(10))", path)
     with (
