@@ -84,7 +84,8 @@ class Rebinding(EntryTransfer):
                 with self._exclusive(keys) as entries:
                     if self._rebind(group, path, entries):
                         if wish is not None:
-                            self._residency.groups[group].wish = wish
+                            with self._lock:  # a group that grows is replaced by another
+                                self._residency.groups[group].wish = wish
                         return
             except KeyNotFoundError:
                 continue  # one was deleted meanwhile
@@ -118,8 +119,10 @@ class Rebinding(EntryTransfer):
         With the `operation` that holds them others use them again while their pages are dropped.
         """
         with self._lock:
-            bound = self._residency.groups[group]
-            if bound.tensors != len(entries) or any(entry.group != group for entry in entries):
+            bound = self._residency.groups.get(group)
+            if bound is None or bound.tensors != len(entries):
+                return False  # its keys were put into other groups meanwhile
+            if any(entry.group != group for entry in entries):
                 return False
             before = bound.path
             if before == path:

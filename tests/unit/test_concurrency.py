@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -694,3 +695,24 @@ def test_a_signal_handler_may_close_what_is_being_closed(slow: Any) -> None:
     device.clear()
     with dualblade.open(device.path) as again:
         assert again.keys() == ["x", "y", "z"]
+
+
+def test_a_group_may_vanish_while_it_is_moved(store: dualblade.TensorStore) -> None:
+    """Its only tensor is put into another group, by somebody who knows nothing of the move."""
+    ended = threading.Event()
+
+    def put() -> None:
+        try:
+            for number in range(1500):
+                store.put("x", noise(5000), group="gh"[number % 2])
+        finally:
+            ended.set()
+
+    def move() -> None:
+        number = 0
+        while not ended.is_set():
+            number += 1
+            with contextlib.suppress(KeyNotFoundError):
+                store.set_path("g", ("direct", "pagecache")[number % 2])
+
+    at_once(put, move, move)
