@@ -19,6 +19,8 @@ enum {
     /* Reads that the drive has been given and nobody waits for yet: as much as keeps it busy. */
     BEGUN_MAX = 32,
     READS_IN_ROW_MAX = 16, /* while writes wait */
+    /* While reads are begun, whose pages take about as long to come as these to be copied. */
+    WRITES_IN_ROW_MAX = 4,
 };
 
 struct list {
@@ -35,7 +37,7 @@ struct db_engine {
     struct list begun;       /* reads that missed, on their way into the page cache */
     struct list done;
     uint32_t staged_count, begun_count, done_count;
-    uint32_t reads_in_row;
+    uint32_t reads_in_row, writes_in_row;
     uint32_t wanted;         /* reap() sleeps until so many are done; 0: nobody is there */
     _Atomic bool can_begin;  /* the files' reads take RWF_NOWAIT, as far as is known */
     bool closing;
@@ -127,18 +129,23 @@ static bool move_bytes(struct db_engine *engine, struct db_request *request, boo
 static struct db_request *next_request(struct db_engine *engine, bool *is_begun)
 {
     struct list *reads = &engine->todo[DB_READ], *writes = &engine->todo[DB_WRITE];
+    bool write_is_due =
+        writes->first && (!reads->first || engine->reads_in_row >= READS_IN_ROW_MAX);
+    bool begun_is_due = engine->begun.first && engine->writes_in_row >= WRITES_IN_ROW_MAX;
     *is_begun = false;
-    if (writes->first && (!reads->first || engine->reads_in_row >= READS_IN_ROW_MAX)) {
+    if (write_is_due && !begun_is_due) {
         engine->reads_in_row = 0;
+        engine->writes_in_row++;
         return list_pop(writes);
     }
-    if (reads->first && engine->begun_count < BEGUN_MAX) {
+    if (!write_is_due && reads->first && engine->begun_count < BEGUN_MAX) {
         engine->reads_in_row++;
         return list_pop(reads);
     }
     if (!engine->begun.first)
         return NULL;
     *is_begun = true;
+    engine->writes_in_row = 0;
     engine->begun_count--;
     return list_pop(&engine->begun);
 }
