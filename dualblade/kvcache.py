@@ -14,7 +14,7 @@ import numpy as np
 
 from dualblade import tensor
 from dualblade.buffer_pool import BufferPool
-from dualblade.errors import ClosedError
+from dualblade.errors import ClosedError, DualbladeError
 from dualblade.kvlayer import Layer, Snapshot, reordered
 from dualblade.readahead import ReadAhead
 from dualblade.write_behind import WriteBehind
@@ -96,6 +96,9 @@ class KVCache:
             lookahead = _count("lookahead", lookahead, least=0)
         self._pool = BufferPool(min(IDLE_BYTES, store.memory_budget // 4))
         self._layers: list[Layer] = []
+        self._changing: dict[int, Layer] = {}
+        """Layers whose tensors may be longer or shorter than their tokens: an interrupt may come
+        while they change, and then whatever is done next begins with `_mend()`."""
         self._generation = 0
         self._behind = WriteBehind(store)
         self._ahead = ReadAhead(store, self._pool, self._behind, self._layers, lookahead)
@@ -231,8 +234,14 @@ class KVCache:
                 return
             if into.tokens + count > into.capacity:
                 self._grow(layer, into, into.tokens + count)
-            self._behind.append(into, rows)
+            self._changing[layer] = into
+            try:
+                self._behind.append(into, rows)
+            except DualbladeError:  # and nothing was appended
+                del self._changing[layer]
+                raise
             into.tokens += count
+            del self._changing[layer]
             ahead = self._ahead.get(layer)
             if ahead is not None:
                 ahead.append(rows, into.tokens)
@@ -306,21 +315,32 @@ class KVCache:
             if not longer:
                 return
             for index in longer:
-                self._behind.truncate(self._layers[index], keep)
+                self._behind.begin_cut(self._layers[index], keep)
                 self._ahead.settle(index)
-            self._store.truncate_many(
-                {key: keep for index in longer for key in self._layers[index].keys}
-            )
+            before = {index: self._layers[index].tokens for index in longer}
+            self._changing.update({index: self._layers[index] for index in longer})
+            for index in longer:  # first: whoever asks after an interrupt is told what is kept
+                self._layers[index].tokens = keep
+            try:
+                self._store.truncate_many(
+                    {key: keep for index in longer for key in self._layers[index].keys}
+                )
+            except DualbladeError:  # and nothing was cut
+                for index in longer:
+                    self._layers[index].tokens = before[index]
+                self._changing.clear()
+                raise
             cut: dict[int, Array] = {}  # layers share their row maps, and go on sharing them
             for index in longer:
                 layer = self._layers[index]
-                layer.tokens = keep
                 if layer.row_map is not None and len(layer.row_map) > keep:
                     cut.setdefault(id(layer.row_map), layer.row_map[:keep].copy())
                     layer.row_map = cut[id(layer.row_map)] if keep else None
                 ahead = self._ahead.get(index)
                 if ahead is not None and not ahead.truncate(keep):
                     self._ahead.drop(index)
+                self._behind.end_cut(layer)
+            self._changing.clear()
 
     def reset(self) -> None:
         """Forgets all tokens; what was laid out for them stays."""
@@ -466,7 +486,21 @@ class KVCache:
         with self._lock:
             if self._is_closed:
                 raise ClosedError(f"KVCache {self.name} is closed: make a new one on the store")
+            for index, layer in list(self._changing.items()):
+                self._mend(index, layer)
             yield
+
+    def _mend(self, index: int, layer: Layer) -> None:
+        """Cuts a layer's tokens and its tensors to what both have, after an interrupt."""
+        self._ahead.drop(index)
+        self._behind.begin_cut(layer, layer.tokens)
+        kept = min(layer.tokens, *(self._store.info(key).rows for key in layer.keys))
+        self._store.truncate_many(dict.fromkeys(layer.keys, kept))
+        layer.tokens = kept
+        if layer.row_map is not None:
+            layer.row_map = layer.row_map[:kept].copy() if kept else None
+        self._behind.end_cut(layer)
+        del self._changing[index]
 
 
 def _count(name: str, value: Any, least: int = 1) -> int:

@@ -211,9 +211,11 @@ class TensorStore(Watching, Views):
                 cuts.append((entry, count, self._cut(entry, count * entry.layout.row_bytes)))
             with self._lock:
                 self._index.mark_dirty(self._catalog)
-                for entry, count, end in cuts:
-                    entry.rows = count
-                    self._set_end(entry, *end)
+                for entry, count, (stored, held, checksums) in cuts:
+                    self._index.changed(entry)
+                    # Assignments alone: no interrupt comes between them.
+                    entry.rows, entry.stored, entry.held = count, stored, held
+                    entry.checksums, entry.tail = checksums, None
 
     def resize(self, key: str, rows: int) -> None:
         """Changes how many rows there is room for, by moving the tensor to another extent."""

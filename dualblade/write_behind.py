@@ -143,13 +143,19 @@ class WriteBehind:
         for layer in list(self._under_way):
             self.settle(layer)
 
-    def truncate(self, layer: Layer, tokens: int) -> None:
-        """Before a layer is cut to so many tokens: gives up what is cut off, settles the rest."""
+    def begin_cut(self, layer: Layer, tokens: int) -> None:
+        """Before a layer is cut to so many tokens: waits for what is to be cut off, settles the
+        rest."""
         writing = self._under_way.get(layer)
         if writing is not None and tokens <= writing.first:
             writing.ticket.settle()
+        else:
+            self.settle(layer)
+
+    def end_cut(self, layer: Layer) -> None:
+        """After it: gives up what was cut off."""
+        if layer in self._under_way:
             self._forget(layer)
-        self.settle(layer)
 
     def close(self) -> None:
         """Waits for what is under way and forgets it: the tensors are about to go."""

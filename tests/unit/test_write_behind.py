@@ -121,6 +121,19 @@ def test_what_could_not_be_written_can_be_given_up(parts: tuple, keep: int) -> N
     np.testing.assert_array_equal(kv.fetch(1)[1][keep:], rows(1, 21))
 
 
+def test_what_was_to_be_given_up_is_there_if_nothing_is_cut(parts: tuple) -> None:
+    device, store, kv = parts
+    info = store.info(f"{kv.name}/001/k")
+    device.add_rule("write", "EIO", lo=info.offset, hi=info.offset + info.extent_bytes)
+    kv.append(1, rows(1, 20), rows(1, 20))
+    device.add_rule("read", "EIO", lo=info.offset, hi=info.offset + info.extent_bytes)
+    with pytest.raises(DeviceError, match="read"):
+        kv.truncate(5)
+    assert kv.tokens(1) == 9
+    device.clear()
+    check(kv, 1, 20)
+
+
 def test_closing_gives_it_up(parts: tuple) -> None:
     device, store, kv = parts
     device.add_rule("write", "EIO")
