@@ -123,3 +123,13 @@ def test_a_tensor_that_is_cut_has_the_rows_that_it_says(store: TensorStore) -> N
         store.delete_many(["a", "b"])
         number += 1
     assert number > 20
+
+
+def test_a_store_can_be_saved_after_a_save_was_interrupted(store: TensorStore) -> None:
+    number, is_interrupted = 0, True
+    while is_interrupted:
+        store.put("a", rows(number % 7, number))
+        is_interrupted = Interrupt(number).during(store.flush)
+        store.flush()
+        number += 1
+    assert number > 50
