@@ -60,10 +60,11 @@ class WriteBehind:
         nothing to gain, appends them."""
         self.settle(layer)
         size_bytes = sum(each.nbytes for each in rows)
-        if size_bytes > BEHIND_BYTES:
+        if size_bytes <= BEHIND_BYTES:
+            self._make_room(size_bytes)
+        if self.nbytes + size_bytes > BEHIND_BYTES:  # also of what could not be written
             self._store.append_many(dict(zip(layer.keys, rows, strict=True)))
             return
-        self._make_room(size_bytes)
         first, count = layer.tokens, len(rows[0])
         writing = _Writing([], [], first, first + count, size_bytes)
         for which, new in enumerate(rows):
@@ -123,6 +124,8 @@ class WriteBehind:
         """Returns when all rows of a layer are in the store. Raises what keeps them from it."""
         writing = self._under_way.get(layer)
         if writing is None:
+            if not self._under_way:
+                self._stage = None  # prefill is over
             return
         writing.ticket.settle()
         try:

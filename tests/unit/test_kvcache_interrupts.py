@@ -112,7 +112,7 @@ def test_a_tensor_that_is_cut_has_the_rows_that_it_says(store: TensorStore) -> N
     data = rows(50, 1)
     number, is_interrupted = 0, True
     while is_interrupted:
-        store.reserve_many({key: ((60, 1, 1, 1024), np.float16) for key in "ab"})
+        store.reserve_many(dict.fromkeys("ab", ((60, 1, 1, 1024), np.float16)))
         store.append_many({"a": data, "b": data})
         is_interrupted = Interrupt(number).during(lambda: store.truncate_many({"a": 15, "b": 15}))
         for key in "ab":

@@ -77,6 +77,34 @@ def test_what_is_held_is_bounded(parts: tuple, monkeypatch: pytest.MonkeyPatch) 
         np.testing.assert_array_equal(v[8:], np.concatenate([rows(n, n + 1) for n in counts]))
 
 
+def test_what_can_not_be_written_is_bounded_too(
+    parts: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, _, kv = parts
+    monkeypatch.setattr("dualblade.write_behind.BEHIND_BYTES", MIB)
+    device.add_rule("write", "EIO")
+    kv.append(0, rows(100, 20), rows(100, 20))
+    for layer in (1, 2):
+        with pytest.raises(DeviceError, match="write"):
+            kv.append(layer, rows(100, 20), rows(100, 20))
+        assert kv.tokens(layer) == 8
+    assert kv.stats()["behind_bytes"] == 200 * 4096
+    device.clear()
+    np.testing.assert_array_equal(kv.fetch(0)[0][8:], rows(100, 20))
+    check(kv, 1)
+
+
+def test_memory_for_prefill_goes_when_it_is_over(parts: tuple) -> None:
+    _, _, kv = parts
+    for layer in range(3):
+        kv.append(layer, rows(200, 20), rows(200, 20))
+    assert kv._behind._stage is not None
+    for _ in range(2):
+        for layer in range(3):
+            kv.fetch(layer)
+    assert kv._behind._stage is None
+
+
 def test_an_error_comes_with_the_next_append_and_nothing_is_lost(parts: tuple) -> None:
     device, store, kv = parts
     info = store.info(f"{kv.name}/001/v")
