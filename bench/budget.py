@@ -205,7 +205,8 @@ def finish_workload_options(
 ) -> None:
     """Their defaults, and what makes no sense."""
     quick = options.quick
-    options.kv = options.kv or (256 << 20 if quick else 2 << 30)
+    if options.kv is None:
+        options.kv = 256 << 20 if quick else 2 << 30
     options.layers = options.layers or (8 if quick else 32)
     options.warmup = options.warmup or (2 if quick else 4)
     options.rounds = 1 if quick else options.rounds
@@ -226,7 +227,7 @@ def numbers(parser: argparse.ArgumentParser, text: str | None) -> list[int]:
     if text is None:
         return list(BUDGETS)
     words = text.split(",")
-    if not all(word.isdigit() and 1 <= int(word) <= 1000 for word in words):
+    if not all(word.isdecimal() and 1 <= int(word) <= 1000 for word in words):
         parser.error(f"--budgets: {text!r} is no list of percentages such as 37,62,87")
     return sorted({int(word) for word in words})
 

@@ -232,7 +232,10 @@ def test_the_counts_of_a_version_2_group_are_found(tmp_path):
 
 @pytest.mark.parametrize("name", ["budget.py", "shrink.py"])
 def test_limited_benchmarks_refuse_wrong_options(tmp_path, name):
-    for arguments in (("--policies", "nobody"), ("--kv", "1MiB"), ("--steps", "0")):
+    wrong = [("--policies", "nobody"), ("--kv", "1MiB"), ("--kv", "0"), ("--steps", "0")]
+    if name == "budget.py":
+        wrong.append(("--budgets", "²"))
+    for arguments in wrong:
         done = bench(tmp_path, name, *arguments)
         assert done.returncode == 2
         assert arguments[0] in done.stderr
