@@ -477,8 +477,9 @@ def test_groups_follow_the_limit_of_a_cgroup(
         try:
             assert ask("cached == 32")["cached"] == 32
             group.set_limit(192 * MIB)
-            less = ask("cached < 16")
-            assert 0 < less["cached"] < 16
+            # The interpreter and the margin take 48 MiB and more of it; each group has 8.
+            less = ask("cached <= 18")
+            assert 0 < less["cached"] <= 18
             assert less["pagecache"] <= less["budget"] < 192 * MIB
             steady = ask("True")
             assert steady["cached"] >= less["cached"]
