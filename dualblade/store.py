@@ -172,7 +172,7 @@ class TensorStore(Watching, Views):
                 self._write_back.written(written, sum([length for _, length in written]))
             self._end_append(ends)
 
-        ticket = Ticket(completions, finish, partial(self._end_in_turn, operation))
+        ticket = self._ticket(completions, finish, operation)
         with self._starting(operation, ticket, completions):
             entries = self._hold(operation, rows, is_written)
             writes, found = self._plan_append(entries, rows_of(entries, rows))
@@ -480,17 +480,26 @@ class TensorStore(Watching, Views):
             self._finish_writes(written)
             operation.is_written = True  # so that the end publishes them
 
-        ticket = Ticket(completions, finish, partial(self._end_in_turn, operation))
+        ticket = self._ticket(completions, finish, operation)
         with self._starting(operation, ticket, completions):
             entries = self._create(operation, tensors, name)
             written += self._start_writes(zip(entries, memory, strict=True), completions)
             self._register(operation, ticket, tensors)
         return ticket
 
-    def _end_in_turn(self, operation: Operation) -> None:
-        """The end of an operation with a ticket, in whatever thread settles that."""
-        with self._inside():
-            self._end(operation)
+    def _ticket(
+        self,
+        completions: Sequence[_core.Completion],
+        finish: Callable[[BaseException | None], Any],
+        operation: Operation,
+    ) -> Ticket:
+        """The ticket of an operation. Whatever thread settles it is inside the operation meanwhile:
+        a close() in a signal handler there would wait for itself."""
+
+        def begin() -> None:
+            self._here.inside[operation] = None
+
+        return Ticket(completions, finish, partial(self._end_inside, operation), begin)
 
     def _starting(
         self, operation: Operation, ticket: Ticket, completions: Iterable[_core.Completion]
@@ -596,7 +605,7 @@ class TensorStore(Watching, Views):
                 copy()
             return shape_result(arrays)
 
-        ticket = Ticket(completions, finish, partial(self._end_in_turn, operation))
+        ticket = self._ticket(completions, finish, operation)
         with self._starting(operation, ticket, completions):
             entries += self._hold(operation, keys, IS_EXCLUSIVE)
             # What can grow is read as it is at one moment; of the rest the device gets a part while

@@ -25,10 +25,11 @@ class Ticket:
         completions: Sequence[Completion],
         finish: Callable[[BaseException | None], Any],
         end: Callable[[], None],
+        begin: Callable[[], None] | None = None,
     ) -> None:
         self._completions = completions
         self._finish = finish
-        self._ending = Bracket(_nothing, end)
+        self._ending = Bracket(begin or _nothing, end)
         self._lock = threading.RLock()
         self._is_begun = False
         self._is_settled = False
