@@ -161,12 +161,7 @@ class Bench:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options; exits with one line if they make no sense."""
-    parser = argparse.ArgumentParser(
-        prog="bench/budget.py",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("bench/budget.py", DESCRIPTION, EXAMPLES)
     add_workload_options(parser)
     parser.add_argument("--shape", default="llama", choices=[*SHAPES, "both"], help="of the model")
     parser.add_argument(

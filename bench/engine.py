@@ -367,12 +367,7 @@ def target(options: argparse.Namespace) -> Iterator[str]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options; exits with one line if they make no sense."""
-    parser = argparse.ArgumentParser(
-        prog="bench/engine.py",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("bench/engine.py", DESCRIPTION, EXAMPLES)
     parser.add_argument(
         "--file", default="dualblade-bench.img", help="a new file, or with --overwrite any"
     )

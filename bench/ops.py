@@ -377,12 +377,7 @@ def draw(path: str, tables: dict[str, list[dict[str, Any]]], where: dict[str, An
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The options; exits with one line if they make no sense."""
-    parser = argparse.ArgumentParser(
-        prog="bench/ops.py",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("bench/ops.py", DESCRIPTION, EXAMPLES)
     parser.add_argument("--directory", default=".", help="where the stores are made, and removed")
     parser.add_argument("--only", choices=tuple(TABLES), help="one of the tables")
     report.add_options(parser, rounds=5)

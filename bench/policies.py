@@ -506,15 +506,16 @@ class Static(Store):
         return {"policy": "dual", "live": False, "binding": "head", "memory": memory}
 
 
+LIVE_OPTIONS = {"policy": "dual", "live": True, "memory": "auto"}
+
+
 class LiveSpread(Store):
     """What is kept follows the memory; direct layers lie between cached ones."""
 
     name = "live-spread"
     label = "dualblade live, spread"
     note = 'memory="auto", binding="spread"'
-    options = MappingProxyType(
-        {"policy": "dual", "live": True, "memory": "auto", "binding": "spread"}
-    )
+    options = MappingProxyType({**LIVE_OPTIONS, "binding": "spread"})
 
 
 class LiveHead(Store):
@@ -523,9 +524,7 @@ class LiveHead(Store):
     name = "live-head"
     label = "dualblade live, head"
     note = 'memory="auto", binding="head"'
-    options = MappingProxyType(
-        {"policy": "dual", "live": True, "memory": "auto", "binding": "head"}
-    )
+    options = MappingProxyType({**LIVE_OPTIONS, "binding": "head"})
 
 
 POLICIES: dict[str, type[Policy]] = {

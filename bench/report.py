@@ -32,6 +32,16 @@ def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     )
 
 
+def parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help keeps the lines of both texts."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
 def plot_path(text: str) -> str:
     """A file to draw into, for argparse."""
     if not text.lower().endswith((".png", ".svg", ".pdf")):

@@ -200,12 +200,7 @@ def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options; exits with one line if they make no sense."""
-    parser = argparse.ArgumentParser(
-        prog="bench/shrink.py",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("bench/shrink.py", DESCRIPTION, EXAMPLES)
     budget.add_workload_options(parser)
     parser.add_argument("--shape", default="llama", choices=list(SHAPES), help="of the model")
     names = "live-spread,static,memmap"

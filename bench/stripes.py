@@ -234,12 +234,7 @@ def run(options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[str]]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The options; exits with one line if they make no sense."""
-    parser = argparse.ArgumentParser(
-        prog="bench/stripes.py",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = report.parser("bench/stripes.py", DESCRIPTION, EXAMPLES)
     parser.add_argument("--folder", default=".", help="where the files are made, for this run")
     parser.add_argument("--size", type=parse_size, help="bytes moved in each run (512MiB)")
     parser.add_argument(

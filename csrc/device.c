@@ -467,6 +467,31 @@ static struct part part_of(struct db_device *device, uint32_t member, uint64_t o
     return (struct part){&device->members[member], start, end - start};
 }
 
+typedef int part_call(const struct part *part, void *context);
+
+/* Calls this for each member's part of a range; *failed is the member that refuses, or their count
+ * if it is the range. */
+static int call_parts(struct db_device *device, uint64_t offset, uint64_t length, part_call *call,
+                      void *context, uint32_t *failed)
+{
+    *failed = device->stripes.member_count;
+    int rc = check_range(device, offset, length);
+    for (uint32_t i = 0; !rc && i < device->stripes.member_count; i++) {
+        struct part part = part_of(device, i, offset, length);
+        if (part.length > 0) /* the kernel takes a length of 0 as the rest of the file */
+            rc = call(&part, context);
+        if (rc)
+            *failed = i;
+    }
+    return rc;
+}
+
+static int discard_part(const struct part *part, void *context)
+{
+    (void)context;
+    return db_member_discard(part->member, part->offset, part->length);
+}
+
 int db_device_discard(struct db_device *device, uint64_t offset, uint64_t length,
                       uint32_t *failed)
 {
@@ -474,60 +499,42 @@ int db_device_discard(struct db_device *device, uint64_t offset, uint64_t length
     int rc = check_range(device, offset, length);
     if (!rc && length > 0 && device->options.read_only)
         rc = -EBADF;
-    for (uint32_t i = 0; !rc && i < device->stripes.member_count; i++) {
-        struct part part = part_of(device, i, offset, length);
-        if (part.length > 0)
-            rc = db_member_discard(part.member, part.offset, part.length);
-        if (rc)
-            *failed = i;
-    }
-    return rc;
+    return rc ? rc : call_parts(device, offset, length, discard_part, NULL, failed);
+}
+
+static int write_back_part(const struct part *part, void *wait)
+{
+    return db_member_write_back(part->member, part->offset, part->length, *(bool *)wait);
 }
 
 int db_device_write_back(struct db_device *device, uint64_t offset, uint64_t length, bool wait,
                          uint32_t *failed)
 {
-    *failed = device->stripes.member_count;
-    int rc = check_range(device, offset, length);
-    for (uint32_t i = 0; !rc && i < device->stripes.member_count; i++) {
-        struct part part = part_of(device, i, offset, length);
-        if (part.length > 0) /* the kernel takes a length of 0 as the rest of the file */
-            rc = db_member_write_back(part.member, part.offset, part.length, wait);
-        if (rc)
-            *failed = i;
-    }
-    return rc;
+    return call_parts(device, offset, length, write_back_part, &wait, failed);
+}
+
+static int drop_cached_part(const struct part *part, void *context)
+{
+    (void)context;
+    return db_member_drop_cached(part->member, part->offset, part->length);
 }
 
 int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t length,
                           uint32_t *failed)
 {
-    *failed = device->stripes.member_count;
-    int rc = check_range(device, offset, length);
-    for (uint32_t i = 0; !rc && i < device->stripes.member_count; i++) {
-        struct part part = part_of(device, i, offset, length);
-        if (part.length > 0)
-            rc = db_member_drop_cached(part.member, part.offset, part.length);
-        if (rc)
-            *failed = i;
-    }
-    return rc;
+    return call_parts(device, offset, length, drop_cached_part, NULL, failed);
+}
+
+static int count_part(const struct part *part, void *out)
+{
+    return db_cached_count(part->member->buffered_fd, part->offset, part->length, out);
 }
 
 int db_device_cached(struct db_device *device, uint64_t offset, uint64_t length,
                      struct db_cached *out, uint32_t *failed)
 {
-    *failed = device->stripes.member_count;
     memset(out, 0, sizeof(*out));
-    int rc = check_range(device, offset, length);
-    for (uint32_t i = 0; !rc && i < device->stripes.member_count; i++) {
-        struct part part = part_of(device, i, offset, length);
-        if (part.length > 0) /* the kernel takes a length of 0 as the rest of the file */
-            rc = db_cached_count(part.member->buffered_fd, part.offset, part.length, out);
-        if (rc)
-            *failed = i;
-    }
-    return rc;
+    return call_parts(device, offset, length, count_part, out, failed);
 }
 
 int db_device_map(struct db_device *device, uint64_t offset, uint64_t length,

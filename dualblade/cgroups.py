@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -137,7 +138,7 @@ def _read_lines(path: Path) -> list[str]:
 # ---- what they count -----------------------------------------------------------------------------
 
 
-class CgroupFiles:
+class CgroupFiles(ABC):
     """The files of one cgroup, kept open."""
 
     _names: tuple[str, ...]
@@ -148,13 +149,13 @@ class CgroupFiles:
         self.path = str(directory)
         self._files = {name: KernelFile(directory / name) for name in self._names}
 
+    @abstractmethod
     def limit(self) -> tuple[int | None, str]:
         """The limit, and the file that sets it; (None, "") where there is none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self) -> CgroupLevel:
         """What the cgroup counts now. What can't be read counts as nothing."""
-        raise NotImplementedError
 
     def missing(self) -> list[str]:
         """The names of the files that can't be read."""

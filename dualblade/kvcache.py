@@ -20,8 +20,6 @@ from dualblade.readahead import ReadAhead
 from dualblade.write_behind import WriteBehind
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from dualblade.store import TensorStore
 
 Array = np.ndarray[Any, Any]
@@ -473,12 +471,7 @@ class KVCache:
     def __enter__(self) -> KVCache:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     @contextmanager

@@ -19,6 +19,8 @@ from tests.devices import (
     MemoryCgroup,
     Target,
     Unavailable,
+    attach,
+    detach,
     given_target,
     make_target,
     wipe,
@@ -148,6 +150,25 @@ def loop_device(tmp_path: Path) -> Iterator[Callable[..., LoopDevice]]:
                 return stack.enter_context(LoopDevice(tmp_path, size_bytes, block_bytes))
             except Unavailable as error:
                 pytest.skip(str(error))
+
+        yield make
+
+
+@pytest.fixture
+def loop_over() -> Iterator[Callable[..., str]]:
+    """A function (file or device, *options of losetup) -> the path of a loop device over it.
+
+    Asked for behind the fixture that makes what is below: the loop device has to go first.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def make(below: str | os.PathLike[str], *options: str) -> str:
+            try:
+                path = attach(below, *options)
+            except Unavailable as error:
+                pytest.skip(str(error))
+            stack.callback(detach, path)
+            return path
 
         yield make
 

@@ -12,10 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from types import TracebackType
+from typing import Any
 
 
 class Unavailable(Exception):
@@ -58,6 +55,28 @@ class Engine:
         return dict.fromkeys(self.cell.split("-")[1:], True)
 
 
+def attach(image: str | os.PathLike[str], *options: str) -> str:
+    """The path of a loop device over a file or device, with losetup's options; detach() it.
+
+    Raises Unavailable.
+    """
+    if os.geteuid() != 0:
+        raise Unavailable("loop devices need root")
+    command = ["losetup", "--find", "--show", *options, os.fspath(image)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        raise Unavailable("losetup is not installed (package mount)") from None
+    if done.returncode:
+        raise Unavailable(f"no loop device: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def detach(path: str) -> None:
+    """Gives a loop device back."""
+    subprocess.run(["losetup", "--detach", path], check=True, capture_output=True)
+
+
 class LoopDevice:
     """A block device of the kernel's, backed by a sparse file that it reads with direct I/O.
 
@@ -67,37 +86,25 @@ class LoopDevice:
     def __init__(
         self, folder: str | os.PathLike[str], size_bytes: int, block_bytes: int = 512
     ) -> None:
-        if os.geteuid() != 0:
-            raise Unavailable("loop devices need root")
         self.image = Path(folder) / f"loop{block_bytes}-{time.monotonic_ns()}.img"
         with self.image.open("xb") as file:
             file.truncate(size_bytes)
-        command = ["losetup", "--find", "--show", "--direct-io=on"]
-        command += ["--sector-size", str(block_bytes), str(self.image)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            raise Unavailable("losetup is not installed (package mount)") from None
-        if done.returncode:
+            self.path = attach(self.image, "--direct-io=on", f"--sector-size={block_bytes}")
+        except Unavailable:
             self.image.unlink()
-            raise Unavailable(f"no loop device: {done.stderr.strip()}")
-        self.path = done.stdout.strip()
+            raise
 
     def close(self) -> None:
         """Detaches the device and removes its image. May be called again."""
         if self.image.exists():
-            subprocess.run(["losetup", "--detach", self.path], check=True, capture_output=True)
+            detach(self.path)
             self.image.unlink()
 
     def __enter__(self) -> LoopDevice:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 
@@ -264,10 +271,5 @@ class MemoryCgroup:
     def __enter__(self) -> MemoryCgroup:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()

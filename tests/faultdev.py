@@ -41,7 +41,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
 SECTOR_BYTES = 512  # what a power cut leaves whole
 MAX_TRANSFER_BYTES = 1 << 20
@@ -136,12 +135,7 @@ class FaultDevice:
     def __enter__(self) -> FaultDevice:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def _ask(self, command: str, argument: Any = None) -> Any:

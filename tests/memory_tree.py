@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dualblade import memory
+from tests.helpers import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from tests.devices import MemoryCgroup
 
 GIB = 1 << 30
-MIB = 1 << 20
 PAGE = os.sysconf("SC_PAGE_SIZE")
 NO_LIMIT = 9223372036854771712
 
@@ -51,6 +51,12 @@ class Tree:
             + "".join(f"{name}:\t{value // 1024:8} kB\n" for name, value in fields.items())
             + f"RssFile:\t{file // 1024:8} kB\nThreads:\t1\n",
         )
+
+    def mounted(self, cgroup: str, *mounts: str) -> None:
+        """What the process is in, and what is mounted: "ROOT AT OPTIONS - KIND SOURCE OPTIONS"."""
+        self.write("proc/self/cgroup", f"{cgroup}\n")
+        lines = [f"{40 + i} 31 0:{40 + i} {mount}\n" for i, mount in enumerate(mounts)]
+        self.write("proc/self/mountinfo", "".join(lines))
 
     def psi(self, path: str, total_us: int) -> None:
         self.write(

@@ -12,7 +12,7 @@ import os
 import stat
 import threading
 from collections.abc import Iterable
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from dualblade.errors import device_error
@@ -184,10 +184,5 @@ class PylibaioDevice:
     def __enter__(self) -> PylibaioDevice:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()

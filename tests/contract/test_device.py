@@ -25,6 +25,7 @@ from dualblade.errors import (
     DeviceError,
     DeviceRefusedError,
 )
+from tests.helpers import MIB, flip, noise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 PATHS = ("direct", "pagecache")
 BLOCK = _core.BLOCK_BYTES
 CHUNK = 64 << 10
-MIB = 1 << 20
 BLKGETSIZE64, BLKSSZGET = 0x80081272, 0x1268
 
 
@@ -47,10 +47,6 @@ def open_device(target: Target, engine: Engine, **options: Any) -> _core.Device:
 def device(target: Target, engine: Engine) -> Iterator[_core.Device]:
     with open_device(target, engine) as opened:
         yield opened
-
-
-def noise(size: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
 
 
 def skewed(size: int, skew: int) -> np.ndarray:
@@ -254,14 +250,7 @@ def test_one_wrong_bit_is_corruption_at_its_chunk(target: Target, device: _core.
     device.write([(CHUNK, data)], checksums=[sums]).wait()
     device.flush()
     device.drop_cached(0, device.info.size)
-    at = CHUNK + 4 * CHUNK + 12345
-    with open(target, "r+b") as file:
-        file.seek(at)
-        byte = file.read(1)[0]
-        file.seek(at)
-        file.write(bytes([byte ^ 0x10]))
-        file.flush()
-        os.fsync(file.fileno())
+    flip(target, CHUNK + 4 * CHUNK + 12345, 0x10)
     out = np.zeros_like(data)
     with pytest.raises(CorruptionError, match=str(5 * CHUNK)) as caught:
         device.read([(CHUNK, out)], path=path, checksums=[sums]).wait()

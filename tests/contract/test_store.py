@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import threading
 from pathlib import Path
@@ -21,13 +20,13 @@ from dualblade.errors import (
     KeyNotFoundError,
     NoSpaceError,
 )
+from tests.helpers import MIB, flip
 
 if TYPE_CHECKING:
     from tests.devices import Engine, Target
 
 PATHS = ("direct", "pagecache")
 POLICIES = ("direct", "pagecache", "dual")
-MIB = 1 << 20
 
 
 @pytest.fixture(autouse=True)
@@ -266,13 +265,7 @@ def test_a_damaged_tensor_is_never_returned(target: Target, engine: Engine, path
         store.put("bad", data)
         store.flush()
         place = store.info("bad").offset + 700_001
-    with open(target, "r+b") as file:
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ 1]))
-        file.flush()
-        os.fsync(file.fileno())
+    flip(target, place)
     with pytest.raises(CorruptionError, match="'bad'"):
         open_store(target, engine, policy=path, verify="open")
     with open_store(target, engine, policy=path) as store:

@@ -21,6 +21,7 @@ from dualblade.errors import (
     KeyNotFoundError,
     LiveViewError,
 )
+from tests.helpers import MIB, flip
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from tests.devices import Engine, Target
 
 PATHS = ("direct", "pagecache")
-MIB = 1 << 20
 
 
 @pytest.fixture(autouse=True)
@@ -191,11 +191,7 @@ def test_a_damaged_tensor_is_not_shown(target: Target, engine: Engine):
         store.put("bad", data)
         store.flush()
         place = store.info("bad").offset + 700_001
-    with open(target, "r+b") as file:
-        file.seek(place)
-        file.write(bytes([data[700_001] ^ 1]))
-        file.flush()
-        os.fsync(file.fileno())
+    flip(target, place)
     with open_store(target, engine) as store:
         with pytest.raises(CorruptionError, match="'bad'"):
             store.view("bad")

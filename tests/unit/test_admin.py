@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import dualblade
+from tests.helpers import flip
 
 
 def run(*arguments):
@@ -66,11 +67,7 @@ def test_check_finds_a_flipped_bit(target):
     assert run("check", target).returncode == 0
     with dualblade.open(target) as store:
         offset = store.info("a").offset
-    with open(target, "r+b") as file:
-        file.seek(offset + 100)
-        byte = file.read(1)[0]
-        file.seek(offset + 100)
-        file.write(bytes([byte ^ 1]))
+    flip(target, offset + 100)
     done = run("check", target)
     assert done.returncode == 1
     assert "'a'" in done.stdout

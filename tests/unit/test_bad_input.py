@@ -25,17 +25,12 @@ from dualblade.errors import (
     NoSpaceError,
     UnsupportedError,
 )
+from tests.helpers import MIB, flip, noise, overwrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-MIB = 1 << 20
 CHUNK = 256 << 10
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "kv.img"
 
 
 @pytest.fixture
@@ -55,10 +50,6 @@ def kept(store: dualblade.TensorStore) -> Iterator[dualblade.TensorStore]:
     for name in ("tensors", "free_bytes", "operations_active", "groups", "pagecache_bytes"):
         assert after[name] == before[name]
     assert store.check() == []
-
-
-def noise(size: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
 
 
 def python(program: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess:
@@ -475,17 +466,13 @@ def test_a_file_shorter_than_its_header_says_is_refused(saved: Path) -> None:
 
 
 def test_a_header_of_another_version_is_refused(saved: Path) -> None:
-    with saved.open("r+b") as file:
-        file.seek(8)
-        file.write(b"\x63")
+    overwrite(saved, 8, b"\x63")
     with pytest.raises(UnsupportedError, match="format version 99"):
         dualblade.open(saved)
 
 
 def test_a_damaged_header_is_refused(saved: Path) -> None:
-    with saved.open("r+b") as file:
-        file.seek(100)
-        file.write(b"\xff")
+    overwrite(saved, 100, b"\xff")
     with pytest.raises(CorruptionError, match="header"):
         dualblade.open(saved)
 
@@ -596,20 +583,11 @@ def test_an_empty_file_wants_a_size(path: Path) -> None:
 # ---- corruption ----------------------------------------------------------------------------------
 
 
-def corrupt(path: Path, offset: int) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        byte = file.read(1)
-        file.seek(offset)
-        file.write(bytes([byte[0] ^ 1]))
-        os.fsync(file.fileno())
-
-
 @pytest.mark.parametrize("policy", ["direct", "pagecache"])
 def test_a_corrupted_chunk_is_found_and_named(saved: Path, policy: Any) -> None:
     with dualblade.open(saved) as store:
         offset = store.info("x").offset
-    corrupt(saved, offset + CHUNK + 5)
+    flip(saved, offset + CHUNK + 5)
     with dualblade.open(saved, policy=policy) as store:
         ticket = store.get_async("x")
         for found in (
@@ -640,7 +618,7 @@ def test_a_corrupted_chunk_is_found_and_named(saved: Path, policy: Any) -> None:
 def test_verify_at_open_refuses_and_never_is_taken_at_its_word(saved: Path) -> None:
     with dualblade.open(saved) as store:
         offset = store.info("x").offset
-    corrupt(saved, offset)
+    flip(saved, offset)
     with pytest.raises(CorruptionError, match="tensor 'x' is corrupt.*verify='always'"):
         dualblade.open(saved, verify="open")
     with dualblade.open(saved, verify="never") as store:

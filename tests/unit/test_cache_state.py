@@ -13,6 +13,7 @@ import pytest
 
 from dualblade import _core
 from dualblade.errors import DeviceError
+from tests.helpers import MIB, noise
 from tests.memory_tree import run_inside
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
     from tests.devices import MemoryCgroup, Target
 
-MIB = 1 << 20
 PAGE = os.sysconf("SC_PAGE_SIZE")
 NOBODY = 65534
 EMPTY = _core.CacheState(0, 0, 0, 0, 0)
@@ -35,10 +35,6 @@ def device(target: Target) -> Iterator[_core.Device]:
             pytest.skip("cachestat(2) is missing: Linux 6.5 has it")
         opened.drop_cached(0, opened.info.size)
         yield opened
-
-
-def noise(size: int) -> np.ndarray:
-    return np.random.default_rng(size).integers(0, 256, size, np.uint8)
 
 
 def test_what_is_written_is_dirty_until_it_is_written_back(device: _core.Device) -> None:

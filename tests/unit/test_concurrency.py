@@ -17,29 +17,20 @@ import pytest
 
 import dualblade
 from dualblade.errors import ClosedError, DeviceError, KeyNotFoundError
+from tests.helpers import MIB, noise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-MIB = 1 << 20
 CHUNK = 256 << 10
 TIMEOUT_S = 60
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "kv.img"
 
 
 @pytest.fixture
 def store(path: Path) -> Iterator[dualblade.TensorStore]:
     with dualblade.open(path, size="64MiB", memory="2MiB") as opened:
         yield opened
-
-
-def noise(size: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
 
 
 def at_once(*works: Callable[[], Any]) -> list[Any]:

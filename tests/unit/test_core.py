@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -23,12 +24,12 @@ from dualblade.errors import (
     DeviceError,
     DeviceRefusedError,
 )
+from tests.helpers import MIB, noise, overwrite, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-MIB = 1 << 20
 CHUNK = 65536
 PATHS = ("direct", "pagecache")
 
@@ -45,10 +46,6 @@ def image(tmp_path: Path) -> Path:
 def device(image: Path) -> Iterator[_core.Device]:
     with _core.Device.open(image, chunk_bytes=CHUNK) as opened:
         yield opened
-
-
-def noise(size: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
 
 
 def is_exported(memory: bytearray) -> bool:
@@ -413,23 +410,30 @@ def test_a_timeout_leaves_the_batch_in_flight(held: tuple) -> None:
     assert not is_exported(memory)
 
 
+@contextlib.contextmanager
+def interrupted_after(ready: Callable[[], object]) -> Iterator[None]:
+    """Ctrl-C once ready() returns, in a thread of its own; the block has to end by it."""
+
+    def interrupt() -> None:
+        ready()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        yield
+    interrupter.join()
+
+
 def test_an_interrupt_leaves_the_batch_in_flight(held: tuple) -> None:
     faulty, device = held
     memory = bytearray(4096)
     completion = device.read([(0, memory)])
     faulty.wait_held(1)
     waiting = threading.Event()
-
-    def interrupt() -> None:
-        waiting.wait()
-        os.kill(os.getpid(), signal.SIGINT)
-
-    interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(waiting.wait):
         waiting.set()
         completion.wait()
-    interrupter.join()
     assert is_exported(memory)
     faulty.release()
     completion.wait()
@@ -506,17 +510,8 @@ def test_an_interrupted_close_can_be_called_again(held: tuple) -> None:
     faulty, device = held
     completion = device.read([(0, bytearray(4096))])
     faulty.wait_held(1)
-
-    def interrupt() -> None:
-        while not device.closed:
-            threading.Event().wait(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_after(lambda: until(lambda: device.closed, "it is not being closed")):
         device.close()
-    interrupter.join()
     faulty.release()
     device.close()
     completion.wait()
@@ -775,9 +770,7 @@ def test_checksums_see_bytes_not_objects() -> None:
 
 def test_find_signature(image: Path) -> None:
     assert _core.find_signature(image) == ""
-    with open(image, "r+b") as file:
-        file.seek(4096 - 10)
-        file.write(b"SWAPSPACE2")
+    overwrite(image, 4096 - 10, b"SWAPSPACE2")
     assert _core.find_signature(image) in ("swap", "")  # libblkid also wants a sane swap header
     with pytest.raises(DeviceError, match="does not exist"):
         _core.find_signature(image.with_name("missing"))

@@ -9,8 +9,7 @@ import subprocess
 import pytest
 
 from tests.devices import LoopDevice, MemoryCgroup, Unavailable
-
-MIB = 1 << 20
+from tests.helpers import MIB
 
 
 def blockdev(question: str, path: str) -> int:

@@ -17,23 +17,12 @@ import dualblade
 from dualblade import _core, writeback
 from dualblade.errors import DeviceError
 from dualblade.writeback import Ranges, WriteBack
+from tests.helpers import MIB, noise, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-MIB = 1 << 20
 TIMEOUT_S = 60
-
-
-def noise(size: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.002)
 
 
 @given(
@@ -64,11 +53,6 @@ def test_ranges_are_a_set_of_bytes(steps: list[tuple[str, int, int]]) -> None:
         assert ranges.total_bytes == sum(count for _, count in found) == len(model)
         for (at, count), (after, _) in itertools.pairwise(found):
             assert at + count < after  # in order, and those that touch are one
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "kv.img"
 
 
 @pytest.fixture

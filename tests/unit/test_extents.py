@@ -8,8 +8,7 @@ import pytest
 
 from dualblade._core import ExtentMap
 from dualblade.errors import NoSpaceError
-
-MIB = 1 << 20
+from tests.helpers import MIB
 
 
 def test_a_new_map_is_one_free_run() -> None:

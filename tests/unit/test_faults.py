@@ -21,6 +21,7 @@ from dualblade.errors import (
     DualbladeWarning,
     NoSpaceError,
 )
+from tests.helpers import MIB, noise
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 PATHS = ("direct", "pagecache")
 BLOCK = _core.BLOCK_BYTES
 CHUNK = 64 << 10
-MIB = 1 << 20
 ATTEMPTS_MAX = 300  # far more I/Os than any operation here takes
 
 
@@ -53,10 +53,6 @@ def open_device(faulty: FaultDevice, engine: str) -> _core.Device:
     return _core.Device.open(
         faulty.path, engine=engine, chunk_bytes=CHUNK, request_bytes=CHUNK, staging_bytes=4 * CHUNK
     )
-
-
-def noise(size: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
 
 
 def aligned(data: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from dualblade.cli.fio_options import DIRECTIONS
 from dualblade.cli.fio_pylibaio import load
 from dualblade.memory import limits
 from tests.devices import MemoryCgroup, Unavailable
+from tests.helpers import flip
 
 COMMAND = [sys.executable, "-m", "dualblade.cli.fio"]
 WITHOUT_PYLIBAIO = """
@@ -195,11 +196,7 @@ def test_verify_reads_back_what_it_wrote(target, direct):
 def test_verify_catches_a_flipped_bit(target):
     options = ("--filename", target, "--bs", "8k", "--verify")
     assert run(*options, "--rw", "write").returncode == 0
-    with target.open("r+b") as file:
-        file.seek(100_000)
-        byte = file.read(1)[0]
-        file.seek(100_000)
-        file.write(bytes([byte ^ 1]))
+    flip(target, 100_000)
     done = run(*options, "--rw", "randread", "--iodepth", 8)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == (

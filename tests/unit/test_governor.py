@@ -16,8 +16,8 @@ from dualblade.governor import (
     Governor,
 )
 from dualblade.memory import MemorySample
+from tests.helpers import MIB
 
-MIB = 1 << 20
 GIB = 1 << 30
 STEP_S = 0.1
 LIMIT = GIB

@@ -11,6 +11,7 @@ import pytest
 import dualblade
 from dualblade import _core
 from dualblade.errors import ClosedError, CorruptionError, DeviceError, NoSpaceError
+from tests.helpers import MIB, overwrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from dualblade import KVCache, TensorStore
 
-MIB = 1 << 20
 SHAPE = {"kv_heads": 2, "head_dim": 32}
 
 
@@ -348,9 +348,7 @@ def test_a_corrupt_layer_is_not_returned(store: TensorStore, kv: KVCache, tmp_pa
     for layer in range(3):
         kv.append(layer, rows(64, layer), rows(64, layer))
     info = store.info(f"{kv.name}/001/v")
-    with open(tmp_path / "kv.img", "r+b") as file:
-        file.seek(info.offset + 5)
-        file.write(b"\xff\x00")
+    overwrite(tmp_path / "kv.img", info.offset + 5, b"\xff\x00")
     np.testing.assert_array_equal(kv.fetch(0)[1], rows(64, 0))
     for _ in range(2):
         with pytest.raises(CorruptionError, match="001/v"):

@@ -21,11 +21,11 @@ import pytest
 
 import dualblade
 from dualblade.errors import DualbladeWarning
+from tests.helpers import MIB, noise
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-MIB = 1 << 20
 CHUNK = 256 << 10
 TIMEOUT_S = 60
 
@@ -39,15 +39,6 @@ PREAMBLE = """
     def noise(size, seed=0):
         return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
 """
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "kv.img"
-
-
-def noise(size: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
 
 
 def command(program: str, path: Path, *options: str) -> list[str]:

@@ -128,11 +128,10 @@ def test_version_2_counts_everything_that_a_new_kernel_says(tree: Tree) -> None:
 
 
 def test_a_container_that_sees_only_its_own_part_of_the_tree(tree: Tree) -> None:
-    tree.write("proc/self/cgroup", "4:memory:/docker/abc\n")
-    tree.write(
-        "proc/self/mountinfo",
-        "35 31 0:32 / /sys/fs/cgroup/cpu ro - cgroup cgroup rw,cpu\n"
-        "36 31 0:33 /docker/abc /sys/fs/cgroup/my\\040memory ro - cgroup cgroup rw,memory\n",
+    tree.mounted(
+        "4:memory:/docker/abc",
+        "/ /sys/fs/cgroup/cpu ro - cgroup cgroup rw,cpu",
+        "/docker/abc /sys/fs/cgroup/my\\040memory ro - cgroup cgroup rw,memory",
     )
     tree.v1("/unused", 1, 0)
     for name, text in {
@@ -146,11 +145,10 @@ def test_a_container_that_sees_only_its_own_part_of_the_tree(tree: Tree) -> None
 
 def test_of_several_mounts_the_one_that_shows_the_process_counts(tree: Tree) -> None:
     """Another container's part of the tree is mounted too, and comes first."""
-    tree.write("proc/self/cgroup", "0::/app\n")
-    tree.write(
-        "proc/self/mountinfo",
-        "40 31 0:40 /other /mnt/other rw - cgroup2 cgroup2 rw\n"
-        "41 31 0:40 / /mnt/all rw - cgroup2 cgroup2 rw\n",
+    tree.mounted(
+        "0::/app",
+        "/other /mnt/other rw - cgroup2 cgroup2 rw",
+        "/ /mnt/all rw - cgroup2 cgroup2 rw",
     )
     for base, limit in (("mnt/other", 1), ("mnt/all", "max"), ("mnt/all/app", GIB)):
         tree.write(f"{base}/memory.max", f"{limit}\n")

@@ -11,11 +11,11 @@ import pytest
 
 from dualblade import _core
 from tests.devices import LoopDevice, Unavailable
+from tests.helpers import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-MIB = 1 << 20
 SIZE = 32 * MIB
 REQUEST = 256 << 10
 

@@ -12,6 +12,7 @@ import pytest
 import dualblade
 from dualblade import _core
 from dualblade.paths import open_paths
+from tests.helpers import MIB, noise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,13 +20,8 @@ if TYPE_CHECKING:
 
     from tests.devices import Target
 
-MIB = 1 << 20
 CHUNK = 256 << 10
 TIMEOUT_S = 60
-
-
-def noise(size: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -11,6 +11,7 @@ import pytest
 import dualblade
 from dualblade import _core
 from dualblade.errors import DeviceError
+from tests.helpers import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
     from dualblade import KVCache, TensorStore
 
-MIB = 1 << 20
 SHAPE = {"kv_heads": 2, "head_dim": 64, "dtype": "float16"}
 ROW_BYTES = 256  # of the keys of a token, and of its values
 

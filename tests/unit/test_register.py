@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import dualblade
-
-MIB = 1 << 20
+from tests.helpers import MIB
 
 
 @pytest.fixture

@@ -12,25 +12,15 @@ from hypothesis import strategies as st
 
 import dualblade
 from dualblade.residency import Residency
+from tests.helpers import MIB, noise
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-MIB = 1 << 20
-
-
-def noise(size: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
-
 
 def paths(store: dualblade.TensorStore) -> dict[str, str]:
     return {key: store.info(key).path for key in store.keys()}
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "kv.img"
 
 
 # ---- the bookkeeping -----------------------------------------------------------------------------

@@ -12,13 +12,13 @@ import pytest
 import dualblade
 from dualblade.errors import UnsupportedError
 from tests.devices import Unavailable
+from tests.helpers import MIB
 from tests.restricted import ENVIRONMENTS, Restricted, restricted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 TIMEOUT_S = 120
-MIB = 1 << 20
 # Between them they use both paths, staging, batches, checksums, threads, and a store.
 SOME = "random_runs or (filled_in and 65537) or share_a_device or come_back_as"
 AXES = {

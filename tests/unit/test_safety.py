@@ -18,8 +18,8 @@ from dualblade.errors import (
 )
 from dualblade.header import DATA_OFFSET, HEADER_BYTES, Header
 from dualblade.safety import check_target
+from tests.helpers import MIB, overwrite
 
-MIB = 1 << 20
 HEADER = Header(Header.new_store_id(), 16 * MIB, 512, 262144, DATA_OFFSET, 1_700_000_000)
 OVERRULE = r"dualblade format .*format=True"
 
@@ -34,20 +34,6 @@ def needs(*programs):
     for program in programs:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
-
-
-@contextlib.contextmanager
-def attached(path, *options):
-    """A loop device over a file, detached again whatever happens."""
-    needs("losetup")
-    try:
-        device = run("losetup", "--find", "--show", *options, str(path))
-    except subprocess.CalledProcessError as error:
-        pytest.skip(f"no loop device can be had: {error.stderr.strip()}")
-    try:
-        yield device
-    finally:
-        run("losetup", "--detach", device)
 
 
 @contextlib.contextmanager
@@ -69,17 +55,8 @@ def image(tmp_path):
 
 
 @pytest.fixture
-def loop(image):
-    with attached(image) as device:
-        yield device
-
-
-def write(path, data, offset=0):
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def loop(loop_over, image):
+    return loop_over(image)
 
 
 def content(path):
@@ -97,13 +74,13 @@ def test_an_empty_file_is_free_to_use(tmp_path):
 
 
 def test_a_store_of_ours_is_opened_with_its_header(image):
-    write(image, HEADER.pack())
+    overwrite(image, 0, HEADER.pack())
     for path in (image, str(image)):
         assert check_target(path, formatting=False) == (str(path), "file", 16 * MIB, HEADER)
 
 
 def test_a_link_is_followed(image, tmp_path):
-    write(image, HEADER.pack())
+    overwrite(image, 0, HEADER.pack())
     link = tmp_path / "link"
     link.symlink_to(image)
     assert check_target(link, formatting=False).header == HEADER
@@ -118,7 +95,7 @@ def test_a_link_is_followed(image, tmp_path):
     ],
 )
 def test_any_other_file_is_refused_unless_it_is_formatted(image, data, says):
-    write(image, data)
+    overwrite(image, 0, data)
     before = content(image)
     with pytest.raises(DeviceRefusedError, match=f"(?s)kv.img is not a .*{says}.*{OVERRULE}"):
         check_target(image, formatting=False)
@@ -144,11 +121,11 @@ def test_a_short_file_is_refused(tmp_path):
 def test_a_damaged_or_newer_store_is_not_taken_for_a_strange_file(image):
     block = bytearray(HEADER.pack())
     block[100] ^= 1
-    write(image, block)
+    overwrite(image, 0, block)
     with pytest.raises(CorruptionError, match="checksum"):
         check_target(image, formatting=False)
     block[8:12] = struct.pack("<I", 3)
-    write(image, block)
+    overwrite(image, 0, block)
     with pytest.raises(UnsupportedError, match="version 3"):
         check_target(image, formatting=False)
     assert check_target(image, formatting=True).header is None
@@ -238,14 +215,14 @@ def test_a_blank_device_is_refused_unless_it_is_formatted(loop):
 
 
 def test_a_device_with_strange_data_is_refused_unless_it_is_formatted(loop):
-    write(loop, b"somebody's database", offset=MIB // 2)
+    overwrite(loop, MIB // 2, b"somebody's database")
     with pytest.raises(DeviceRefusedError, match=f"did not write.*{OVERRULE}"):
         check_target(loop, formatting=False)
     assert check_target(loop, formatting=True).kind == "block"
 
 
 def test_a_device_of_ours_is_opened(loop):
-    write(loop, HEADER.pack())
+    overwrite(loop, 0, HEADER.pack())
     assert check_target(loop, formatting=False).header == HEADER
 
 
@@ -271,7 +248,7 @@ def test_a_mounted_filesystem_is_refused_even_for_formatting(loop, tmp_path, for
 
 @pytest.mark.parametrize("formatting", [False, True])
 def test_the_file_behind_a_loop_device_is_refused(loop, image, formatting):
-    write(loop, HEADER.pack())
+    overwrite(loop, 0, HEADER.pack())
     with pytest.raises(DeviceRefusedError, match=f"backing file of {loop}.*losetup -d"):
         check_target(image, formatting=formatting)
 
@@ -292,7 +269,7 @@ def test_swap_space_is_refused_even_for_formatting(loop, formatting):
 
 
 def test_a_device_claimed_by_another_is_refused(loop):
-    write(loop, HEADER.pack())
+    overwrite(loop, 0, HEADER.pack())
     holder = os.open(loop, os.O_RDWR | os.O_EXCL)
     try:
         with pytest.raises(DeviceRefusedError, match="in use"):
@@ -302,27 +279,29 @@ def test_a_device_claimed_by_another_is_refused(loop):
     assert check_target(loop, formatting=False).header == HEADER
 
 
-def test_a_partitioned_device_is_refused_and_with_a_mounted_partition_always(image, tmp_path):
+def test_a_partitioned_device_is_refused_and_with_a_mounted_partition_always(
+    image, loop_over, tmp_path
+):
     needs("mkfs.ext4", "partx")
     # One Linux partition from sector 2048 to the end, in the oldest of all partition tables.
     entry = struct.pack("<B3sB3sII", 0, b"\0\0\0", 0x83, b"\0\0\0", 2048, 32768 - 2048)
-    write(image, entry + bytes(48) + b"\x55\xaa", offset=446)
-    with attached(image, "--partscan") as disk:
-        partition = f"{disk}p1"
-        if not os.path.exists(partition):
-            # This kernel reads no such tables itself, but can be told.
-            run("partx", "--add", disk)
-        name = os.path.basename(partition)
-        with pytest.raises(DeviceRefusedError, match=rf"partitioned \({name}\).*{OVERRULE}"):
-            check_target(disk, formatting=False)
-        assert check_target(disk, formatting=True).kind == "block"
-        assert check_target(partition, formatting=True).size_bytes == 15 * MIB
-        run("mkfs.ext4", "-q", partition)
-        with mounted(partition, tmp_path / "mnt"):
-            with pytest.raises(DeviceRefusedError, match=f"its partition {name} is mounted"):
-                check_target(disk, formatting=True)
-            with pytest.raises(DeviceRefusedError, match="it is mounted"):
-                check_target(partition, formatting=True)
+    overwrite(image, 446, entry + bytes(48) + b"\x55\xaa")
+    disk = loop_over(image, "--partscan")
+    partition = f"{disk}p1"
+    if not os.path.exists(partition):
+        # This kernel reads no such tables itself, but can be told.
+        run("partx", "--add", disk)
+    name = os.path.basename(partition)
+    with pytest.raises(DeviceRefusedError, match=rf"partitioned \({name}\).*{OVERRULE}"):
+        check_target(disk, formatting=False)
+    assert check_target(disk, formatting=True).kind == "block"
+    assert check_target(partition, formatting=True).size_bytes == 15 * MIB
+    run("mkfs.ext4", "-q", partition)
+    with mounted(partition, tmp_path / "mnt"):
+        with pytest.raises(DeviceRefusedError, match=f"its partition {name} is mounted"):
+            check_target(disk, formatting=True)
+        with pytest.raises(DeviceRefusedError, match="it is mounted"):
+            check_target(partition, formatting=True)
 
 
 def test_a_loop_device_without_a_file_has_no_medium(tmp_path):
@@ -407,5 +386,5 @@ def test_a_file_used_as_swap_is_refused(image, tmp_path):
 def test_the_header_is_within_what_is_read(image):
     """A file of exactly one block is a store without room, not a strange file."""
     os.truncate(image, HEADER_BYTES)
-    write(image, HEADER.pack())
+    overwrite(image, 0, HEADER.pack())
     assert check_target(image, formatting=False).header == HEADER

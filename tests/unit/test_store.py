@@ -10,28 +10,19 @@ import numpy as np
 import pytest
 
 import dualblade
+from tests.helpers import MIB, noise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-MIB = 1 << 20
 CHUNK = 256 << 10
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "kv.img"
 
 
 @pytest.fixture
 def store(path: Path) -> Iterator[dualblade.TensorStore]:
     with dualblade.open(path, size="32MiB") as opened:
         yield opened
-
-
-def noise(size: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
 
 
 # ---- arrays in, arrays out -----------------------------------------------------------------------

@@ -17,6 +17,7 @@ import dualblade
 from dualblade import _core
 from dualblade.errors import CorruptionError, DeviceError, DeviceRefusedError
 from tests.conftest import ENGINES, Engine
+from tests.helpers import MIB, overwrite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 BLOCK = _core.BLOCK_BYTES
 CHUNK = 16 << 10
 MEMBER = 256 << 10
-MIB = 1 << 20
 
 
 def files(folder: Path, sizes: Sequence[int]) -> list[str]:
@@ -503,9 +503,7 @@ def test_damage_names_the_member_that_it_is_on(members: list[str]) -> None:
     with dualblade.open(members) as store:
         offset = store.info("kept").offset
         path, place = store._device.info.place(offset + 5 * (256 << 10))
-    with open(path, "r+b") as file:
-        file.seek(place + 1000)
-        file.write(b"damage")
+    overwrite(path, place + 1000, b"damage")
     with dualblade.open(members, policy="direct") as store:
         with pytest.raises(CorruptionError, match=f"at byte {place} of {path}"):
             store.get("kept")

@@ -21,20 +21,9 @@ import pytest
 
 import dualblade
 from dualblade.memory import MemorySample
+from tests.helpers import MIB, noise, until
 
-MIB = 1 << 20
 TIMEOUT_S = 120
-
-
-def noise(size: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, size, np.uint8)
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.002)
 
 
 class Memory:
@@ -59,11 +48,6 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
     free = Memory(100 * MIB)
     monkeypatch.setattr("dualblade.opening.MemoryWatch", lambda: free)
     return free
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "kv.img"
 
 
 @pytest.fixture
@@ -185,39 +169,28 @@ def test_the_watcher_survives_what_goes_wrong(store: dualblade.TensorStore, memo
 
 
 def test_a_group_that_cannot_be_written_back_keeps_no_other(
-    memory: Memory, fault_device: Callable[..., Any]
+    memory: Memory, fault_device: Callable[..., Any], loop_over: Callable[..., str]
 ) -> None:
     """On a loop device over one that fails: the page cache is the kernel's."""
     fault = fault_device(64 * MIB)
-    attached = subprocess.run(
-        ["losetup", "--find", "--show", "--direct-io=on", os.fspath(fault.path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if attached.returncode:
-        pytest.skip(f"no loop device: {attached.stderr.strip()}")
-    loop = attached.stdout.strip()
-    try:
-        with dualblade.open(loop, format=True) as store:
-            for i in range(4):
-                store.put(f"k{i}", noise(4 * MIB, i), group=f"g{i}")
+    loop = loop_over(fault.path, "--direct-io=on")
+    with dualblade.open(loop, format=True) as store:
+        for i in range(4):
+            store.put(f"k{i}", noise(4 * MIB, i), group=f"g{i}")
+        store.flush()
+        store.reserve("rows", (4 * MIB,), "uint8", group="g3")
+        place = store.info("rows").offset
+        fault.add_rule("write", "EIO", lo=place, hi=place + 4 * MIB)
+        store.append("rows", noise(MIB))
+        memory.free_bytes = 0
+        until(lambda: cached(store) in ([], [3]), "one that fails keeps the others")
+        until(lambda: residency(store)["problems"] > 0, "nothing is said of it")
+        fault.clear()
+        until(lambda: cached(store) == [], "it is not tried again")
+        with pytest.raises(dualblade.DeviceError):
             store.flush()
-            store.reserve("rows", (4 * MIB,), "uint8", group="g3")
-            place = store.info("rows").offset
-            fault.add_rule("write", "EIO", lo=place, hi=place + 4 * MIB)
-            store.append("rows", noise(MIB))
-            memory.free_bytes = 0
-            until(lambda: cached(store) in ([], [3]), "one that fails keeps the others")
-            until(lambda: residency(store)["problems"] > 0, "nothing is said of it")
-            fault.clear()
-            until(lambda: cached(store) == [], "it is not tried again")
-            with pytest.raises(dualblade.DeviceError):
-                store.flush()
-            for i in range(4):
-                np.testing.assert_array_equal(store.get(f"k{i}"), noise(4 * MIB, i))
-    finally:
-        subprocess.run(["losetup", "--detach", loop], check=True)
+        for i in range(4):
+            np.testing.assert_array_equal(store.get(f"k{i}"), noise(4 * MIB, i))
 
 
 def test_evictions_are_seen_and_widen_the_margin(

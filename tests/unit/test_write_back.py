@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import os
-import subprocess
 import threading
 from typing import TYPE_CHECKING
 
@@ -13,6 +11,7 @@ import pytest
 
 from dualblade import _core
 from dualblade.errors import DeviceError, UnsupportedError
+from tests.helpers import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     from tests.faultdev import FaultDevice
 
-MIB = 1 << 20
 CHUNK = 64 << 10
 
 
@@ -32,26 +30,13 @@ def faulty(fault_device: Callable[..., FaultDevice]) -> Iterator[FaultDevice]:
 
 
 @pytest.fixture
-def device(faulty: FaultDevice) -> Iterator[_core.Device]:
+def device(faulty: FaultDevice, loop_over: Callable[..., str]) -> Iterator[_core.Device]:
     """A block device whose page cache is the kernel's, and whose medium fails on request."""
-    if os.geteuid() != 0:
-        pytest.skip("loop devices need root")
-    attached = subprocess.run(
-        ["losetup", "--find", "--show", "--direct-io=on", os.fspath(faulty.path)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if attached.returncode:
-        pytest.skip(f"no loop device: {attached.stderr.strip()}")
-    path = attached.stdout.strip()
-    try:
-        with _core.Device.open(path, chunk_bytes=CHUNK) as opened:
-            faulty.clear()
-            yield opened
-            faulty.clear()
-    finally:
-        subprocess.run(["losetup", "--detach", path], check=True)
+    path = loop_over(faulty.path, "--direct-io=on")
+    with _core.Device.open(path, chunk_bytes=CHUNK) as opened:
+        faulty.clear()
+        yield opened
+        faulty.clear()
 
 
 def dirty_bytes(device: _core.Device, offset: int, length: int) -> int:

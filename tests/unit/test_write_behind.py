@@ -9,13 +9,12 @@ import pytest
 
 import dualblade
 from dualblade.errors import DeviceError
+from tests.helpers import MIB
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from dualblade import KVCache, TensorStore
-
-MIB = 1 << 20
 
 
 def rows(tokens: int, seed: int) -> np.ndarray:
