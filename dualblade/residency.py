@@ -112,14 +112,10 @@ def plan_moves(
         if not group.is_pinned:
             del chosen[group.name]
             taken_bytes -= group.size_bytes
-    for group in order:
-        if group.name in chosen or group.is_pinned or group.wish == "direct":
-            continue
-        if taken_bytes + group.size_bytes <= budget_bytes:
-            chosen[group.name] = group
-            taken_bytes += group.size_bytes
+    spare_bytes = _fill(order, chosen, budget_bytes - taken_bytes)
     if swaps:
-        _swap(order, chosen, budget_bytes - taken_bytes, swaps)
+        # Who leaves may be larger than who comes.
+        _fill(order, chosen, _swap(order, chosen, spare_bytes, swaps))
     return Moves(
         [
             each.name
@@ -130,23 +126,38 @@ def plan_moves(
     )
 
 
+def _fill(order: Sequence[Candidate], chosen: dict[str, Candidate], spare_bytes: int) -> int:
+    """Chooses every further group that fits, the first of the order first; returns what is left."""
+    for group in order:
+        if group.name in chosen or group.is_pinned or group.wish == "direct":
+            continue
+        if group.size_bytes <= spare_bytes:
+            chosen[group.name] = group
+            spare_bytes -= group.size_bytes
+    return spare_bytes
+
+
 def _swap(
     order: Sequence[Candidate], chosen: dict[str, Candidate], spare_bytes: int, swaps: int
-) -> None:
-    """Lets groups that come first in the order take the places of the last ones chosen."""
+) -> int:
+    """Lets groups that come first in the order take the places of the last ones chosen; returns
+    what is left."""
     rank = {group.name: place for place, group in enumerate(order)}
     out = [group for group in order if group.name in chosen and not group.is_pinned]
     for group in order:
         if not swaps or not out or rank[out[-1].name] < rank[group.name]:
-            return
+            break
         if group.name in chosen or group.is_pinned or group.wish == "direct":
             continue
-        spare_after = spare_bytes + out[-1].size_bytes - group.size_bytes
-        if spare_after >= 0:
+        if group.size_bytes > spare_bytes:
+            if group.size_bytes > spare_bytes + out[-1].size_bytes:
+                continue
+            spare_bytes += out[-1].size_bytes
             del chosen[out.pop().name]
-            chosen[group.name] = group
-            spare_bytes = spare_after
             swaps -= 1
+        chosen[group.name] = group
+        spare_bytes -= group.size_bytes
+    return spare_bytes
 
 
 # ---- the accounts -------------------------------------------------------------------------------

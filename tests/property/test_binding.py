@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -44,6 +44,17 @@ def cached(candidates: list[Candidate]) -> int:
     return sum(group.size_bytes for group in candidates if group.path == "pagecache")
 
 
+@example(  # g3 makes room for g0, and is so much larger that g2 fits as well
+    candidates=[
+        Candidate("g0", 5, "direct", is_empty=False, is_pinned=False, wish=None),
+        Candidate("g1", 8, "pagecache", is_empty=False, is_pinned=True, wish=None),
+        Candidate("g2", 5, "direct", is_empty=False, is_pinned=False, wish=None),
+        Candidate("g3", 6, "pagecache", is_empty=False, is_pinned=False, wish=None),
+    ],
+    budget=18,
+    binding="head",
+    swaps=1,
+)
 @given(
     candidates=groups(),
     budget=st.integers(0, 200),
