@@ -261,7 +261,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "bandwidth": floor.bandwidths(bench.drive, bench.drive_rates, bench.copy_rates),
         "rows": found,
         "targets": targets,
-        "runs": rows,
     }
     heads = [
         machine.summary(where),
@@ -269,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"steps after {options.warmup}, {options.rounds} round(s)",
     ]
     print(budget_report.render(document, heads))
-    report.write_json(options.json, document)
+    report.write_brief(options.json, budget_report.brief_document(document))
     if options.plot:
         budget_report.draw(options.plot, machine.summary(where), found)
     return int(options.check and not all(target["holds"] for target in targets))

@@ -102,6 +102,24 @@ def summary(runs: Sequence[Row]) -> Row:
     }
 
 
+def brief_document(document: Mapping[str, Any]) -> dict[str, Any]:
+    """As it is kept."""
+    bandwidth = {
+        name: report.spread(found) if found and isinstance(found, list) else found
+        for name, found in document["bandwidth"].items()
+    }
+    return {**document, "bandwidth": bandwidth, "rows": list(map(brief, document["rows"]))}
+
+
+def brief(row: Row) -> Row:
+    """As it is kept: of what the policy says of itself no more than a line."""
+    kept = {name: value for name, value in row.items() if name != "note"}
+    if row["error"]:
+        return kept
+    stats = {name: said for name, said in row["stats"].items() if not isinstance(said, dict)}
+    return kept | {"stats": stats}
+
+
 def middle(values: Iterable[float | None]) -> float | None:
     """The median of those that are there."""
     found = [value for value in values if value is not None]

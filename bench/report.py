@@ -14,6 +14,8 @@ from typing import Any
 Spread = dict[str, Any]
 """{"median", "min", "max", "values"} of the rounds, in the unit that its name in a row says."""
 
+FEW_VALUES = 12
+
 
 def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     """The options that every benchmark has."""
@@ -23,7 +25,7 @@ def add_options(parser: argparse.ArgumentParser, *, rounds: int) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="tiny: does it run? Figures mean little"
     )
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--json", metavar="FILE", help="write what was measured")
     parser.add_argument(
         "--plot",
         type=plot_path,
@@ -100,6 +102,45 @@ def write_json(path: str | None, document: Mapping[str, Any]) -> None:
     """Writes the document where one was asked for."""
     if path is not None:
         Path(path).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+
+
+def write_brief(path: str | None, document: Mapping[str, Any]) -> None:
+    """Writes what a reader needs where one was asked for: a line for each row, floats of five
+    digits, and of a spread the values where they are few, and the median where it is of one."""
+    if path is None:
+        return
+    lines = []
+    for name, value in document.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            text = "[\n  " + ",\n  ".join(_compact(each) for each in value) + "\n ]"
+        else:
+            text = _compact(value)
+        lines.append(f" {json.dumps(name)}: {text}")
+    Path(path).write_text("{\n" + ",\n".join(lines) + "\n}\n", "utf-8")
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(_short(value), separators=(",", ":"))
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        short = float(f"{value:.5g}")
+        return int(short) if short.is_integer() else short
+    if isinstance(value, list):
+        return [_short(each) for each in value]
+    if not isinstance(value, Mapping):
+        return value
+    if set(value) == {"median", "min", "max", "values"}:
+        count = len(value["values"])
+        names = ("median",) if count == 1 else ("median", "min", "max", "values")
+        value = {name: value[name] for name in names[: 4 if count <= FEW_VALUES else 3]}
+    return {name: _short(each) for name, each in value.items()}
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Rows of the same names as a list for each name."""
+    return {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
 
 
 class Panel:

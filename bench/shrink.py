@@ -45,6 +45,9 @@ SETTLED_MAX = 3
 NEAR = 1.25
 """A step is a settled one if it takes at most so much of the steady time, as do the next two."""
 SAMPLE_S = 0.02
+SAMPLED = ("limit_bytes", "cached_bytes")
+CHANGED = 0.01
+"""A sample is kept in the file if one of its figures is so much other than in the last one kept."""
 PAUSE_S = 0.05
 INTO_STEP = 0.3
 PHASES = ("before", "low", "after")
@@ -178,6 +181,44 @@ def settled(times: Sequence[float], steady: float) -> int:
     return next((n for n in range(len(near)) if all(near[n : n + 3])), len(near))
 
 
+def brief(row: dict[str, Any]) -> dict[str, Any]:
+    """As it is kept: steps and samples as columns, in seconds from the first step, and of the
+    samples those in which something changed."""
+    if row["error"]:
+        return row
+    begin = row["steps"][PHASES[0]][0]["started"]
+    steps = {
+        phase: report.columns(
+            [{"at_s": step["started"] - begin, "ms": step["ms"], **step["counts"]} for step in each]
+        )
+        for phase, each in row["steps"].items()
+    }
+    samples = [
+        {"at_s": each["at"] - begin, **{name: each[name] for name in SAMPLED}}
+        for each in changing(row["samples"])
+    ]
+    residency = {
+        name: said
+        for name, said in (row["stats"].get("residency") or {}).items()
+        if not isinstance(said, dict)
+    }
+    stats = {name: said for name, said in row["stats"].items() if not isinstance(said, dict)}
+    return row | {
+        "steps": steps,
+        "samples": report.columns(samples),
+        "stats": stats | {"residency": residency},
+    }
+
+
+def changing(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The first, the last, and those between that differ from the one before them."""
+    kept = list(samples[:1])
+    for sample in samples[1:]:
+        if any(abs(sample[name] - kept[-1][name]) > CHANGED * kept[-1][name] for name in SAMPLED):
+            kept.append(sample)
+    return kept if kept[-1:] == list(samples[-1:]) else [*kept, samples[-1]]
+
+
 def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What was promised of the live policies, and whether it holds here."""
     found = []
@@ -254,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = run(path, options)
     found = targets(rows)
     print(render(rows, found, where, options))
-    report.write_json(
+    report.write_brief(
         options.json,
         {
             "benchmark": "shrink",
@@ -265,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "shape": options.shape,
             "percent": [options.high, options.low, options.high],
             "falls": options.falls,
-            "rows": rows,
+            "rows": list(map(brief, rows)),
             "targets": found,
         },
     )
