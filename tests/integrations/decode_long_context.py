@@ -16,7 +16,7 @@ import dualblade
 from dualblade.integrations.transformers import DualBladeCache
 
 LAYERS, HEADS, DIM, TOKENS = 8, 8, 128, 8192
-STEPS = 200
+STEPS = 24
 CHUNK = 512
 KV_BYTES = 2 * LAYERS * HEADS * DIM * TOKENS * 2  # keys and values, float16
 

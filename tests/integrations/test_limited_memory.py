@@ -57,30 +57,28 @@ def has_swap():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_decodes_with_less_memory_than_its_cache(memory_cgroup, tmp_path):
-    # Without a store the same work does not fit: the limit is a limit.
-    if not has_swap():
-        cgroup = memory_cgroup(8 << 30)
-        returncode, _ = run_limited(cgroup, "memory")
-        assert returncode == -signal.SIGKILL
-        assert cgroup.out_of_memory_kills > 0
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command("memory"), env=environment(), **pipes) as unlimited:
+        unlimited.stdin.write("go\n")
+        unlimited.stdin.flush()
+        # Without a store the same work does not fit: the limit is a limit.
+        if not has_swap():
+            cgroup = memory_cgroup(8 << 30)
+            returncode, _ = run_limited(cgroup, "memory")
+            assert returncode == -signal.SIGKILL
+            assert cgroup.out_of_memory_kills > 0
+        output, _ = unlimited.communicate()
+    assert unlimited.returncode == 0
+    theirs = json.loads(output.removeprefix("ready\n"))
 
     cgroup = memory_cgroup(8 << 30)
     returncode, output = run_limited(cgroup, tmp_path / "kv.img")
     assert cgroup.out_of_memory_kills == 0
     assert returncode == 0
     ours = json.loads(output)
-
-    done = subprocess.run(
-        command("memory"),
-        input="go\n",
-        env=environment(),
-        capture_output=True,
-        check=True,
-        text=True,
-    )
-    theirs = json.loads(done.stdout.removeprefix("ready\n"))
     assert ours["ids"] == theirs["ids"]
     assert ours["logits"] == theirs["logits"]
     assert len(set(theirs["ids"])) > 1
     # Every step reads what is on storage again; a cache that stayed in memory would read nothing.
-    assert sum(path["read_bytes"] for path in ours["paths"].values()) > 100 * KV_BYTES
+    steps = len(ours["ids"]) - 1
+    assert sum(path["read_bytes"] for path in ours["paths"].values()) > steps / 2 * KV_BYTES
