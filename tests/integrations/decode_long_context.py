@@ -6,6 +6,7 @@ Usage: decode_long_context.py memory | decode_long_context.py PATH-OF-STORE
 
 import hashlib
 import json
+import os
 import sys
 import time
 
@@ -16,7 +17,7 @@ import dualblade
 from dualblade.integrations.transformers import DualBladeCache
 
 LAYERS, HEADS, DIM, TOKENS = 8, 8, 128, 8192
-STEPS = 24
+STEPS = int(os.environ.get("DUALBLADE_TEST_STEPS", "24"))
 CHUNK = 512
 KV_BYTES = 2 * LAYERS * HEADS * DIM * TOKENS * 2  # keys and values, float16
 
