@@ -64,6 +64,11 @@ def layout_of(shape: tuple[int, ...], dtype: str, chunk_bytes: int) -> Layout:
     return Layout(shape, dtype, rows, row_bytes, nbytes, extent_bytes, chunk_bytes, checksums_bytes)
 
 
+def footprint_of(nbytes: int) -> int:
+    """Of so many bytes of a tensor, rounded up to whole pages."""
+    return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
+
+
 class Entry:
     """A tensor of the store, as what is on the device and what is held back in memory.
 
@@ -74,6 +79,7 @@ class Entry:
 
     __slots__ = (
         "checksums",
+        "footprint",
         "group",
         "held",
         "is_appending",
@@ -98,6 +104,9 @@ class Entry:
         self.offset = 0
         """Of the extent, on the device in bytes."""
         self.stored = 0
+        self.footprint = 0
+        """Bytes that the page cache can hold of it, in whole pages: what was written, or is about
+        to be. Accounted to its group while the entry is placed."""
         self.checksums = b""
         """A uint64 for each chunk of what is on the device, in the machine's byte order."""
         self.held = b""

@@ -12,7 +12,7 @@ from typing import Any
 
 from dualblade import _core
 from dualblade.catalog import Catalog, Record
-from dualblade.entry import CHECKSUM_BYTES, Entry, layout_of
+from dualblade.entry import CHECKSUM_BYTES, Entry, footprint_of, layout_of
 from dualblade.errors import CorruptionError, KeyNotFoundError, NoSpaceError
 from dualblade.memory import format_size
 from dualblade.residency import Residency
@@ -100,7 +100,9 @@ class Index:
         With `one_run` their extents lie side by side. Raises NoSpaceError, and then none has any.
         """
         sizes = [entry.layout.extent_bytes for entry in entries]
-        groups = residency.plan(zip([entry.group for entry in entries], sizes, strict=True))
+        plan = residency.plan(
+            [(entry.group, entry.layout.extent_bytes, entry.footprint) for entry in entries]
+        )
         total = sum(sizes)
         runs = [total] if one_run else sizes
         runs = [size for size in runs if size]
@@ -112,9 +114,9 @@ class Index:
             offsets.extend(map(self.extents.allocate, runs, aligns))
             self._assign(entries, offsets, one_run)
             self._used_bytes += total
-            residency.pagecache_bytes = groups[1]
+            _, residency.pagecache_bytes, residency.claimed_bytes, residency.stored_bytes = plan
             is_accounted = True  # nothing can be interrupted since the sum, until after this
-            residency.groups.update(groups[0])
+            residency.groups.update(plan.groups)
         except BaseException as error:
             if is_accounted:
                 self.discard(entries, residency)
@@ -234,16 +236,41 @@ class Index:
             self.freed.append((entry.offset, size_bytes))
         # From here to the call into C is no other, so no interrupt.
         group = residency.groups[entry.group]
+        footprint = entry.footprint
         group.size_bytes -= size_bytes
+        group.stored_bytes -= footprint
         group.tensors -= 1
+        residency.stored_bytes -= footprint
         if group.path == "pagecache":
-            residency.pagecache_bytes -= size_bytes
+            residency.pagecache_bytes -= footprint
+            residency.claimed_bytes -= size_bytes if group.is_promised else footprint
         if group.tensors == 0:
             del residency.groups[entry.group]
         self._used_bytes -= size_bytes
         entry.is_placed = False
         if size_bytes:
             free(entry.offset, size_bytes)
+
+    def account(self, entry: Entry, footprint: int, residency: Residency) -> None:
+        """From now on an entry that is placed has this footprint."""
+        growth = footprint - entry.footprint
+        if growth == 0:
+            return
+        group = residency.groups[entry.group]
+        # No call: an interrupt comes before or after all of it.
+        entry.footprint = footprint
+        group.stored_bytes += growth
+        residency.stored_bytes += growth
+        if group.path == "pagecache":
+            residency.pagecache_bytes += growth
+        if group.is_promised:
+            residency.filling[entry.group] = None
+        elif group.path == "pagecache":
+            residency.claimed_bytes += growth
+            if growth > 0:
+                residency.grown_bytes += growth
+        if growth < 0:
+            residency.shrunk += 1
 
     def forget(self) -> None:
         """At close: lets go of every entry; the extents stay as they were for the next open."""
@@ -318,8 +345,8 @@ class Index:
             residency.add(tensors)
             residency.bind_anew()
 
-    def _load_record(self, record: Record, catalog: Catalog) -> tuple[str, int]:
-        """Takes in one; its group and the bytes that it takes."""
+    def _load_record(self, record: Record, catalog: Catalog) -> tuple[str, int, int]:
+        """Takes in one; its group, the bytes that it takes, and its footprint."""
         key, dtype, shape, rows, offset, length, stored, checksums, group, _ = record
         layout = layout_of(shape, dtype, self.chunk_bytes)
         if (
@@ -345,10 +372,11 @@ class Index:
         entry = self.entries[key] = Entry(key, layout, group, rows)
         entry.offset = offset
         entry.stored = stored
+        entry.footprint = footprint_of(stored)
         entry.is_placed = True
         entry.checksums = little_endian(checksums)
         self._used_bytes += length
-        return group, length
+        return group, length, entry.footprint
 
     def check(self) -> list[str]:
         """What is wrong between entries and extents, a sentence each."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dualblade.access import Operation, refuse_views
-from dualblade.entry import Entry
+from dualblade.access import Operation, inside, refuse_views
+from dualblade.entry import Entry, footprint_of
 from dualblade.errors import DeviceError, KeyNotFoundError, LiveViewError
 from dualblade.index import collector_paused
 from dualblade.memory import format_size
@@ -15,6 +16,9 @@ from dualblade.paths import PageCachePath
 from dualblade.residency import Candidate, PathName, plan_moves
 from dualblade.transfer import EntryTransfer
 
+WAY_PART = 64
+"""Who appends past the budget frees this part of it at least: of many small groups some leave at
+once, and not one for each append."""
 BUSY_S = 0.05
 """So long a group that has to leave the page cache may be in use before its users have to wait."""
 
@@ -33,8 +37,15 @@ class Rebinding(EntryTransfer):
         super().__init__(*arguments, **options)
         self._resident: dict[Entry, int] = {}
         """Bytes of page-cached entries that were found in memory; read and changed freely."""
+        self._making_way = threading.RLock()
+        """One at a time has groups leave for appends; the others find room then."""
         self._problems = 0
         self._last_problem = ""
+
+    def forget_after_fork(self) -> None:
+        """In the child after a fork: the lock may be held by a thread of the parent's."""
+        super().forget_after_fork()
+        self._making_way = threading.RLock()
 
     def path_of(self, group: str) -> PathName:
         """The path that a group takes now. KeyNotFoundError if there is no such group."""
@@ -56,6 +67,11 @@ class Rebinding(EntryTransfer):
         """
         if path not in self._paths:
             raise ValueError(f"path={path!r} is unknown: take 'direct' or 'pagecache'")
+        if path == "pagecache":
+            with self._lock:
+                bound = self._residency.groups.get(group)
+                if bound is not None and bound.stored_bytes:
+                    self._residency.settle(group)  # what is asked for is not what may come one day
         self._bind(group, path, wish=path)
 
     def rebalance(self) -> None:
@@ -127,12 +143,14 @@ class Rebinding(EntryTransfer):
             before = bound.path
             if before == path:
                 return True
-            if path == "pagecache" and not self._residency.fits(bound.size_bytes):
+            if path == "pagecache" and not self._residency.fits(bound.claim_bytes):
                 raise ValueError(
-                    f"group {group!r} has {format_size(bound.size_bytes)}, and of the memory "
+                    f"group {group!r} has {format_size(bound.claim_bytes)}, and of the memory "
                     f"budget of {format_size(self._residency.budget_bytes)} page-cached tensors "
-                    f"already take {format_size(self._residency.pagecache_bytes)}"
+                    f"already take {format_size(self._residency.claimed_bytes)}"
                 )
+            for entry in entries:  # an append that failed may have left more
+                self._index.account(entry, footprint_of(entry.nbytes), self._residency)
             # Before the pages go: what is put from now on takes the new path.
             self._residency.move(group, path)
             if operation is not None and path == "direct":
@@ -158,9 +176,21 @@ class Rebinding(EntryTransfer):
             except (KeyNotFoundError, LiveViewError):
                 continue  # deleted meanwhile, or looked at
 
+    @inside
+    def _make_way(self, growth: Mapping[str, int]) -> bool:
+        """Has groups go direct, in the binding's order, so that some can grow by so many bytes;
+        False if none can go. The caller holds no entries."""
+        with self._making_way:
+            if self._residency.over(growth, by_claim=False) <= 0:
+                return True  # others had some go meanwhile
+            spare_bytes = self._residency.budget_bytes // WAY_PART
+            return self._make_room(spare_bytes, growth) > 0
+
     # ---- many at once -----------------------------------------------------------------------
 
-    def _survey(self) -> Survey:
+    def _survey(self, growth: Mapping[str, int] | None = None) -> Survey:
+        """All groups, and what each claims of the budget; or, if some are about to grow, what will
+        be stored in it."""
         with self._lock:
             self._check_open()
             entries = list(self._index.entries.values())
@@ -176,8 +206,12 @@ class Rebinding(EntryTransfer):
                 entry.users or entry.stored or entry.held for entry in own
             )
             is_viewed = any(entry.views for entry in own)
+            if growth is None:
+                taken_bytes = group.claim_bytes
+            else:
+                taken_bytes = group.stored_bytes + growth.get(name, 0)
             candidates.append(
-                Candidate(name, group.size_bytes, group.path, is_empty, is_viewed, group.wish)
+                Candidate(name, taken_bytes, group.path, is_empty, is_viewed, group.wish)
             )
         return Survey(candidates, members)
 
@@ -196,21 +230,27 @@ class Rebinding(EntryTransfer):
             except ValueError:  # others have taken the room meanwhile
                 return False
 
-    def _make_room(self) -> int:
-        """Moves groups to the direct path until the others fit into the budget; how many.
+    def _make_room(self, spare_bytes: int = 0, growth: Mapping[str, int] | None = None) -> int:
+        """Moves groups to the direct path until the others leave so much of the budget; how many.
 
+        What counts is what they claim; or, where some are about to grow, what will be stored.
         Those that are in use come last; then their users wait for it.
         """
         residency = self._residency
+
+        def is_over() -> bool:
+            return residency.over(growth or {}, by_claim=growth is None) + spare_bytes > 0
+
         with collector_paused():
-            found = self._survey()
-        busy = plan_moves(found.candidates, residency.budget_bytes, residency.binding).to_direct
+            found = self._survey(growth)
+        budget_bytes = max(0, residency.budget_bytes - spare_bytes)
+        busy = plan_moves(found.candidates, budget_bytes, residency.binding).to_direct
         moved = 0
         until_s = time.monotonic() + BUSY_S
-        while busy and residency.pagecache_bytes > residency.budget_bytes:
+        while busy and is_over():
             again = []
             for group in busy:
-                if residency.pagecache_bytes <= residency.budget_bytes:
+                if not is_over():
                     break
                 try:
                     if self._move_if_idle(group, "direct", found.members.get(group, ())):

@@ -33,6 +33,29 @@ class Group:
     tensors: int = 0
     wish: PathName | None = None
     """The path that somebody asked for by name: no plan goes against it, but for want of room."""
+    stored_bytes: int = 0
+    """What the page cache can hold of it: what was written or is about to be, in whole pages."""
+    is_promised: bool = True
+    """Its whole size is kept for it, because it may be about to be filled."""
+    seen_bytes: int = -1
+    """What was stored in it when `settle_slow` last looked."""
+
+    def copy(self) -> Group:
+        """Another one that says the same."""
+        return Group(
+            self.path,
+            self.size_bytes,
+            self.tensors,
+            self.wish,
+            self.stored_bytes,
+            self.is_promised,
+            self.seen_bytes,
+        )
+
+    @property
+    def claim_bytes(self) -> int:
+        """What of the memory budget is spoken for while it is page-cached."""
+        return self.size_bytes if self.is_promised else self.stored_bytes
 
 
 # ---- which groups should be page-cached ---------------------------------------------------------
@@ -70,6 +93,7 @@ class Candidate(NamedTuple):
 
     name: str
     size_bytes: int
+    """That it takes of the budget."""
     path: PathName
     is_empty: bool = False
     """Nothing is stored in it yet: it moves for nothing."""
@@ -86,14 +110,20 @@ class Moves(NamedTuple):
 
 
 def plan_moves(
-    groups: Sequence[Candidate], budget_bytes: int, binding: Binding, *, swaps: int = 0
+    groups: Sequence[Candidate],
+    budget_bytes: int,
+    binding: Binding,
+    *,
+    swaps: int = 0,
+    spare_bytes: int = 0,
 ) -> Moves:
     """The fewest moves after which the page-cached groups fit into the budget and fill it.
 
     `groups` are in the order of their arrival. Groups with data leave the page cache only for want
     of room, the last of the binding's order first; but up to `swaps` of them also change places
     with better ones. Empty groups take the places that the order gives them. Only pinned groups
-    can be more than the budget.
+    can be more than the budget. Who comes leaves `spare_bytes` of it free, for those to grow that
+    are there; nobody leaves for that.
     """
     order = [groups[index] for index in BINDINGS[binding](len(groups))]
     # Sorted by what somebody asked for, and so in the same order otherwise.
@@ -112,10 +142,10 @@ def plan_moves(
         if not group.is_pinned:
             del chosen[group.name]
             taken_bytes -= group.size_bytes
-    spare_bytes = _fill(order, chosen, budget_bytes - taken_bytes)
+    room_bytes = _fill(order, chosen, budget_bytes - taken_bytes, spare_bytes)
     if swaps:
         # Who leaves may be larger than who comes.
-        _fill(order, chosen, _swap(order, chosen, spare_bytes, swaps))
+        _fill(order, chosen, _swap(order, chosen, room_bytes - spare_bytes, swaps))
     return Moves(
         [
             each.name
@@ -126,15 +156,22 @@ def plan_moves(
     )
 
 
-def _fill(order: Sequence[Candidate], chosen: dict[str, Candidate], spare_bytes: int) -> int:
-    """Chooses every further group that fits, the first of the order first; returns what is left."""
+def _fill(
+    order: Sequence[Candidate],
+    chosen: dict[str, Candidate],
+    room_bytes: int,
+    spare_bytes: int = 0,
+) -> int:
+    """Chooses every further group that fits, the first of the order first; returns what is left.
+    Those that were direct leave `spare_bytes` of the room."""
     for group in order:
         if group.name in chosen or group.is_pinned or group.wish == "direct":
             continue
-        if group.size_bytes <= spare_bytes:
+        spare = spare_bytes if group.path == "direct" else 0
+        if group.size_bytes + spare <= room_bytes:
             chosen[group.name] = group
-            spare_bytes -= group.size_bytes
-    return spare_bytes
+            room_bytes -= group.size_bytes
+    return room_bytes
 
 
 def _swap(
@@ -160,6 +197,15 @@ def _swap(
     return spare_bytes
 
 
+class Plan(NamedTuple):
+    """What the groups and the sums of Residency are to be."""
+
+    groups: dict[str, Group]
+    pagecache_bytes: int
+    claimed_bytes: int
+    stored_bytes: int
+
+
 # ---- the accounts -------------------------------------------------------------------------------
 
 
@@ -174,46 +220,77 @@ class Residency:
         self.policy = policy
         self.budget_bytes = budget_bytes
         self.binding = binding
-        self.pagecache_bytes = 0
         self.groups: dict[str, Group] = {}
+        self.pagecache_bytes = 0
+        """Stored in page-cached groups."""
+        self.claimed_bytes = 0
+        """By page-cached groups: the same, and what is kept for those that are being filled."""
+        self.stored_bytes = 0
+        """In all groups."""
+        self.grown_bytes = 0
+        """By how much appends have ever grown the claims of page-cached groups."""
+        self.shrunk = 0
+        """How often claims have become less."""
+        self.filling: dict[str, None] = {}
+        """The groups that something is stored in and that more is kept for, and some that were."""
 
     def path_of(self, group: str) -> PathName:
         """The path that a bound group takes."""
         return self.groups[group].path
 
     def fits(self, size_bytes: int) -> bool:
-        """Whether so many more bytes may be page-cached."""
+        """Whether so many more bytes may be claimed."""
         if self.policy == "pagecache":
             return True
-        return self.pagecache_bytes + size_bytes <= self.budget_bytes
+        return self.claimed_bytes + size_bytes <= self.budget_bytes
 
-    def crowded(self, growth_bytes: Mapping[str, int]) -> list[str]:
-        """The page-cached groups that have to go direct before each of these grows so much."""
+    def has_room(self, growth_bytes: int) -> bool:
+        """Whether so many more bytes may be stored in the page cache."""
+        if growth_bytes <= 0 or self.policy != "dual":
+            return True
+        return self.pagecache_bytes + growth_bytes <= self.budget_bytes
+
+    def over(self, growth: Mapping[str, int], *, by_claim: bool) -> int:
+        """What page-cached groups claim, or have stored, beyond the budget, once these have grown
+        so much; below zero: what there is room for."""
+        taken_bytes = self.claimed_bytes if by_claim else self.pagecache_bytes
+        for name, growth_bytes in growth.items():
+            if name in self.groups and self.groups[name].path == "pagecache":
+                taken_bytes += growth_bytes
+        return taken_bytes - self.budget_bytes
+
+    def crowded(self, growth: Mapping[str, tuple[int, int]]) -> list[str]:
+        """The page-cached groups that have to go direct before each of these grows so much:
+        `(size_bytes, stored_bytes)`."""
         found = []
         taken_bytes = 0
-        for group, size_bytes in growth_bytes.items():
-            if group not in self.groups or self.groups[group].path == "direct":
+        for name, (size_bytes, stored_bytes) in growth.items():
+            group = self.groups.get(name)
+            if group is None or group.path == "direct":
                 continue
-            if size_bytes > 0 and not self.fits(size_bytes + taken_bytes):
-                found.append(group)
+            claim_bytes = size_bytes if group.is_promised else stored_bytes
+            if claim_bytes > 0 and not self.fits(claim_bytes + taken_bytes):
+                found.append(name)
             else:
-                taken_bytes += size_bytes
+                taken_bytes += claim_bytes
         return found
 
-    def add(self, tensors: Iterable[tuple[str, int]]) -> None:
-        """Accounts tensors, `(group, bytes)`, to their groups, and binds those that are new.
+    def add(self, tensors: Iterable[tuple[str, int, int]]) -> None:
+        """Accounts tensors, `(group, size_bytes, stored_bytes)`, to their groups, and binds those
+        that are new.
 
         New groups take the room left over by the known ones, which stay on their path as they grow:
         ask `crowded` first and move those.
         """
-        self.commit(*self.plan(tensors))
+        self.commit(self.plan(tensors))
 
-    def plan(self, tensors: Iterable[tuple[str, int]]) -> tuple[dict[str, Group], int]:
-        """What `add` would make of the groups and of `pagecache_bytes`; changes nothing yet."""
+    def plan(self, tensors: Iterable[tuple[str, int, int]]) -> Plan:
+        """What `add` would make of the groups and of the sums; changes nothing yet."""
         grown: dict[str, Group] = {}
         new: list[Group] = []
-        pagecache_bytes = self.pagecache_bytes
-        for name, size_bytes in tensors:
+        pagecache_bytes, claimed_bytes = self.pagecache_bytes, self.claimed_bytes
+        all_bytes = self.stored_bytes
+        for name, size_bytes, stored_bytes in tensors:
             group = grown.get(name)
             if group is None:
                 known = self.groups.get(name)
@@ -221,32 +298,64 @@ class Residency:
                     group = Group("direct")
                     new.append(group)
                 else:
-                    group = Group(known.path, known.size_bytes, known.tensors, known.wish)
+                    group = known.copy()
                 grown[name] = group
             if group.path == "pagecache":
-                pagecache_bytes += size_bytes
+                pagecache_bytes += stored_bytes
+                claimed_bytes += size_bytes if group.is_promised else stored_bytes
+            all_bytes += stored_bytes
             group.size_bytes += size_bytes
+            group.stored_bytes += stored_bytes
             group.tensors += 1
         for group in new:
             fits = self.policy == "pagecache" or (
-                pagecache_bytes + group.size_bytes <= self.budget_bytes
+                claimed_bytes + group.size_bytes <= self.budget_bytes
             )
             if self.policy != "direct" and fits:
                 group.path = "pagecache"
-                pagecache_bytes += group.size_bytes
-        return grown, pagecache_bytes
+                pagecache_bytes += group.stored_bytes
+                claimed_bytes += group.size_bytes
+        return Plan(grown, pagecache_bytes, claimed_bytes, all_bytes)
 
-    def commit(self, groups: Mapping[str, Group], pagecache_bytes: int) -> None:
-        """Does what was planned. An interrupt comes before or after all of it."""
-        self.pagecache_bytes = pagecache_bytes
-        self.groups.update(groups)
+    def commit(self, plan: Plan) -> None:
+        """Does what was planned. An interrupt comes before or after all of it but the groups, whose
+        update is one call into C."""
+        _, self.pagecache_bytes, self.claimed_bytes, self.stored_bytes = plan
+        self.groups.update(plan.groups)
+
+    def settle(self, name: str) -> None:
+        """From now on a group counts by what is stored in it."""
+        group = self.groups[name]
+        # No call: an interrupt comes before or after all of it.
+        if group.is_promised:
+            if group.path == "pagecache":
+                self.claimed_bytes -= group.size_bytes - group.stored_bytes
+            group.is_promised = False
+            self.shrunk += 1
+
+    def settle_slow(self, names: Iterable[str], share: float) -> None:
+        """Settles those of the groups of which less than this share of what is missing was stored
+        since it was last called. They are of `filling`, which it keeps in order."""
+        for name in names:
+            group = self.groups.get(name)
+            if group is None or not group.is_promised or not group.stored_bytes:
+                self.filling.pop(name, None)
+                continue
+            seen_bytes, group.seen_bytes = group.seen_bytes, group.stored_bytes
+            missing_bytes = group.size_bytes - group.stored_bytes
+            if seen_bytes >= 0 and group.stored_bytes - seen_bytes <= missing_bytes * share:
+                self.settle(name)
+                self.filling.pop(name, None)
 
     def bind_anew(self) -> None:
-        """Binds all groups as if nothing of them were cached yet."""
+        """Binds all groups as if nothing of them were cached yet, those with data by that."""
+        for name, group in self.groups.items():
+            if group.stored_bytes:
+                self.settle(name)
         if self.policy != "dual":
             return
         groups = [
-            Candidate(name, group.size_bytes, group.path, is_empty=True)
+            Candidate(name, group.claim_bytes, group.path, is_empty=True)
             for name, group in self.groups.items()
         ]
         moves = plan_moves(groups, self.budget_bytes, self.binding)
@@ -258,7 +367,11 @@ class Residency:
     def move(self, group: str, path: PathName) -> None:
         """Rebinds a group, after the store has seen to its pages."""
         bound = self.groups[group]
+        claim_bytes = bound.claim_bytes
+        # No call: an interrupt comes before or after all of it.
         if bound.path == path:
             return
-        self.pagecache_bytes += bound.size_bytes if path == "pagecache" else -bound.size_bytes
+        sign = 1 if path == "pagecache" else -1
+        self.pagecache_bytes += sign * bound.stored_bytes
+        self.claimed_bytes += sign * claim_bytes
         bound.path = path

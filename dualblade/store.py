@@ -18,7 +18,7 @@ from typing import Any
 from dualblade import _core, tensor
 from dualblade.access import IS_EXCLUSIVE, Operation, inside, is_written, rows_of
 from dualblade.catalog import Catalog, Record
-from dualblade.entry import Entry, Layout, ReadPlan, TensorInfo, layout_of
+from dualblade.entry import Entry, Layout, ReadPlan, TensorInfo, footprint_of, layout_of
 from dualblade.errors import CorruptionError, DeviceError, KeyNotFoundError, UnsupportedError
 from dualblade.index import Index
 from dualblade.residency import PathName, Residency
@@ -150,16 +150,32 @@ class TensorStore(Watching, Views):
 
     def append_many(self, rows: Mapping[str, Any]) -> None:
         """Appends to several tensors at once: to all of them, or after an error to none."""
-        with self._appending(rows) as entries:
-            self._append(entries, rows_of(entries, rows))
+        can_leave = True
+        while True:
+            with self._appending(rows) as entries:
+                parts = rows_of(entries, rows)
+                growth = self._claim(entries, parts, is_forced=not can_leave)
+                if not growth:
+                    self._append(entries, parts)
+                    return
+            can_leave = self._make_way(growth)
 
-    @inside
     def append_many_async(self, rows: Mapping[str, Any]) -> Ticket:
         """Starts an append_many. The rows' memory must stay as it is until the ticket is done.
 
         Whatever is done with one of the keys next waits for it. An error is raised by the ticket
         alone, and then nothing was appended to any of them.
         """
+        can_leave = True
+        while True:
+            started = self._start_append(rows, is_forced=not can_leave)
+            if isinstance(started, Ticket):
+                return started
+            can_leave = self._make_way(started)
+
+    @inside
+    def _start_append(self, rows: Mapping[str, Any], *, is_forced: bool) -> Ticket | dict[str, int]:
+        """The ticket; or the growth for which the memory budget has no room."""
         operation = Operation(is_appending=True)
         completions: list[_core.Completion] = []
         ends: list[AppendEnd] = []
@@ -175,7 +191,11 @@ class TensorStore(Watching, Views):
         ticket = self._ticket(completions, finish, operation)
         with self._starting(operation, ticket, completions):
             entries = self._hold(operation, rows, is_written)
-            writes, found = self._plan_append(entries, rows_of(entries, rows))
+            parts = rows_of(entries, rows)
+            growth = self._claim(entries, parts, is_forced=is_forced)
+            if growth:
+                return growth
+            writes, found = self._plan_append(entries, parts)
             ends += found
             written += self._start_parts(writes, completions)
             # The mapping is the caller's, who may empty it at once.
@@ -216,6 +236,7 @@ class TensorStore(Watching, Views):
                     # Assignments alone: no interrupt comes between them.
                     entry.rows, entry.stored, entry.held = count, stored, held
                     entry.checksums, entry.tail = checksums, None
+                    self._cut_off(entry)
 
     def resize(self, key: str, rows: int) -> None:
         """Changes how many rows there is room for, by moving the tensor to another extent."""
@@ -235,6 +256,11 @@ class TensorStore(Watching, Views):
                         )
                     layout = self._layout((count, *shape[1:]), entry.layout.dtype)
                     copies.append(Entry(entry.key, layout, entry.group, 0))
+                    copies[-1].footprint = footprint_of(entry.nbytes)
+                with self._lock:  # they outgrow what was kept for them: how much says nothing
+                    for entry in entries:
+                        if entry.rows:
+                            self._residency.settle(entry.group)
                 with self._operation() as operation:
                     operation.created = copies
                     crowded = self._place(copies, entries, one_run=True)
@@ -356,7 +382,11 @@ class TensorStore(Watching, Views):
                 "memory_budget_bytes": self._residency.budget_bytes,
                 "pagecache_bytes": self._residency.pagecache_bytes,
                 "groups": {
-                    name: {"path": group.path, "size_bytes": group.size_bytes}
+                    name: {
+                        "path": group.path,
+                        "size_bytes": group.size_bytes,
+                        "stored_bytes": group.stored_bytes,
+                    }
                     for name, group in self._residency.groups.copy().items()
                 },
                 "residency": self._residency_stats(),
@@ -525,6 +555,7 @@ class TensorStore(Watching, Views):
             layout = self._layout(shape, dtype)
             entry = Entry(key, layout, key if group is None else group, layout.rows)
             entry.stored = layout.nbytes
+            entry.footprint = layout.extent_bytes
             entries.append(entry)
         while True:
             self._settle_puts(tensors)
@@ -727,14 +758,19 @@ def _check_name(name: Any) -> str:
     return str.__str__(name)
 
 
-def _growth(entries: Iterable[Entry], replaced: Iterable[Entry]) -> dict[str, int]:
-    """Bytes by which each group grows when entries come and others go."""
-    growth: dict[str, int] = {}
+def _growth(entries: Iterable[Entry], replaced: Iterable[Entry]) -> dict[str, tuple[int, int]]:
+    """By how much each group grows, on the device and of what is stored, when entries come and
+    others go."""
+    growth: dict[str, tuple[int, int]] = {}
     for entry in entries:
-        growth[entry.group] = growth.get(entry.group, 0) + entry.layout.extent_bytes
+        size_bytes, stored_bytes = growth.get(entry.group, (0, 0))
+        size_bytes += entry.layout.extent_bytes
+        growth[entry.group] = size_bytes, stored_bytes + entry.footprint
     for entry in replaced:
         if entry.group in growth:
-            growth[entry.group] -= entry.layout.extent_bytes
+            size_bytes, stored_bytes = growth[entry.group]
+            size_bytes -= entry.layout.extent_bytes
+            growth[entry.group] = size_bytes, stored_bytes - entry.footprint
     return growth
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from dualblade import _core, tensor
 from dualblade.access import EntryAccess
 from dualblade.catalog import Catalog
-from dualblade.entry import CHECKSUM_BYTES, Entry, ReadPlan, take_checksums
+from dualblade.entry import CHECKSUM_BYTES, Entry, ReadPlan, footprint_of, take_checksums
 from dualblade.errors import CorruptionError
 from dualblade.index import Index
 from dualblade.paths import Request, open_paths
@@ -190,6 +190,28 @@ class EntryTransfer(EntryAccess):
 
     # ---- the end of an entry ----------------------------------------------------------------
 
+    def _claim(
+        self, entries: Sequence[Entry], parts: Sequence[tensor.Tensor], *, is_forced: bool = False
+    ) -> dict[str, int]:
+        """Accounts what is about to be appended, unless the memory budget has no room for that:
+        then it does nothing, and says by how much each page-cached group would grow."""
+        grown = [
+            (entry, max(entry.footprint, footprint_of(entry.nbytes + part.data.nbytes)))
+            for entry, part in zip(entries, parts, strict=True)
+        ]
+        with self._lock:
+            groups = self._residency.groups
+            growth: dict[str, int] = {}
+            for entry, footprint in grown:
+                if groups[entry.group].path == "pagecache":
+                    growth_bytes = footprint - entry.footprint
+                    growth[entry.group] = growth.get(entry.group, 0) + growth_bytes
+            if not is_forced and not self._residency.has_room(sum(growth.values())):
+                return growth
+            for entry, footprint in grown:
+                self._index.account(entry, footprint, self._residency)
+            return {}
+
     def _append(self, entries: list[Entry], parts: list[tensor.Tensor]) -> None:
         writes, ends = self._plan_append(entries, parts)
         self._write(writes)
@@ -260,6 +282,14 @@ class EntryTransfer(EntryAccess):
                 CHECKSUM_BYTES, sys.byteorder
             )
         return stored, bytes(chunk[stored - first : nbytes - first]), checksums
+
+    def _cut_off(self, entry: Entry) -> None:
+        """What an entry no longer needs of its extent need not stay in the page cache."""
+        before, kept = entry.footprint, footprint_of(entry.nbytes)
+        is_cached = self._residency.path_of(entry.group) == "pagecache"
+        self._index.account(entry, kept, self._residency)
+        if is_cached and kept < before and self._write_back is not None:
+            self._write_back.freed([(entry.offset + kept, before - kept)])
 
     def _set_end(self, entry: Entry, stored: int, held: bytes, checksums: bytes) -> None:
         entry.stored, entry.held, entry.checksums, entry.tail = stored, held, checksums, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,6 +31,18 @@ SPREAD_MIN_BYTES = 1 << 20
 """Where groups are smaller on average it is no use: their reads overlap in any order."""
 FILL_S = 0.05
 """So much of an interval may go into moves that can wait."""
+SETTLE_S = 3.0
+SETTLE_FILL_S = 60.0
+"""A group keeps the room that was reserved for it as long as it would be full within so long, at
+the pace of the last SETTLE_S."""
+SETTLE_GROUPS = 1000
+"""So many are looked at in one go, while nobody else gets the store's lock."""
+AHEAD_S = 3 * INTERVAL_S
+"""For what is appended within so long, room is made beforehand: else who appends has to wait."""
+SPARE_S = 10.0
+"""Groups that come leave the room that is appended within so long: or they would soon go again."""
+ROOM_PART = 256
+"""What groups could come back for is looked for anew once there is more room by this part."""
 PLAN_REST = 50
 """After a plan so many times as long as it took pass before the next one that is not urgent."""
 CHECK_S = 0.0005
@@ -118,8 +130,11 @@ class Watching(Rebinding):
         """Changes when groups come, go or grow."""
         self._changed_s = self._moved_s = self._plan_after_s = 0.0
         self._shrunk_s = self._room_after_s = float("-inf")
-        self._filled: tuple[tuple[int, ...], int, int] = (), 0, 0
-        """For which groups, page-cached bytes and budget nothing more could come back."""
+        self._filled: tuple[tuple[int, ...], int] = (), 0
+        """For which groups and how much room nothing more could come back."""
+        self._settle_after_s = 0.0
+        self._pace: deque[tuple[float, int]] = deque()
+        """(time, grown_bytes) of the last SETTLE_S."""
         self._is_spread = False
         self._checked: list[Entry] = []
         self._check_next = 0
@@ -188,17 +203,21 @@ class Watching(Rebinding):
             self._resident.clear()
         evicted_bytes = self._find_evicted()
         self._evicted_bytes += evicted_bytes
-        budget = governor.update(now_s, sample, residency.pagecache_bytes, evicted_bytes)
+        budget = governor.update(now_s, sample, residency.claimed_bytes, evicted_bytes)
+        self._settle_slow(now_s)
+        pace = self._growth_per_s(now_s)
         with self._lock:
             self._check_open()
             residency.budget_bytes = budget
             self._pass_on_freed()
             self._write_back.wake()
             mark = len(residency.groups), self._index.extents.free_bytes
-        if residency.pagecache_bytes > budget:
+            unfilled_bytes = max(0, self._index.used_bytes - residency.stored_bytes)
+        ahead_bytes = min(int(pace * AHEAD_S), unfilled_bytes)
+        if residency.claimed_bytes + ahead_bytes > budget:
             if now_s < self._room_after_s:
                 return
-            moved = self._make_room()
+            moved = self._make_room(ahead_bytes)
             if not moved:  # views keep what would have to go
                 self._room_after_s = now_s + PLAN_REST * (time.monotonic() - now_s)
             self._moves["direct"] += moved
@@ -207,25 +226,45 @@ class Watching(Rebinding):
         elif mark != self._groups_mark:
             self._groups_mark, self._changed_s, self._is_spread = mark, now_s, False
         elif now_s - self._changed_s >= STABLE_S and now_s >= self._plan_after_s:
-            self._fill(now_s)
+            self._fill(now_s, min(int(pace * SPARE_S), unfilled_bytes))
 
-    def _fill(self, now_s: float) -> None:
-        """Brings back what fits, and improves the binding when it is quiet."""
+    def _settle_slow(self, now_s: float) -> None:
+        """Gives up what is kept for groups that are not about to be filled."""
+        if now_s < self._settle_after_s:
+            return
+        self._settle_after_s = now_s + SETTLE_S
+        with self._lock:
+            names = list(self._residency.filling)
+        for first in range(0, len(names), SETTLE_GROUPS):
+            with self._lock:
+                self._residency.settle_slow(
+                    names[first : first + SETTLE_GROUPS], SETTLE_S / SETTLE_FILL_S
+                )
+
+    def _growth_per_s(self, now_s: float) -> float:
+        """Bytes by which the claims of page-cached groups grow each second."""
+        pace = self._pace
+        pace.append((now_s, self._residency.grown_bytes))
+        while len(pace) > 2 and pace[1][0] <= now_s - SETTLE_S:
+            pace.popleft()
+        (before_s, before_bytes), (_, grown_bytes) = pace[0], pace[-1]
+        return (grown_bytes - before_bytes) / max(now_s - before_s, SETTLE_S)
+
+    def _fill(self, now_s: float, spare_bytes: int = 0) -> None:
+        """Brings back what fits and leaves so much of the budget, and improves the binding when it
+        is quiet."""
         residency, governor = self._residency, self._governor
         assert governor is not None
         budget = residency.budget_bytes
-        mark, pagecache_bytes, filled_bytes = self._filled
-        is_known = (
-            mark == self._groups_mark
-            and pagecache_bytes == residency.pagecache_bytes
-            and budget <= filled_bytes
-        )
+        room_bytes = budget - residency.claimed_bytes - spare_bytes
+        mark = (*self._groups_mark, residency.shrunk)
+        is_known = mark == self._filled[0] and room_bytes <= self._filled[1] + budget // ROOM_PART
         used_bytes = self._index.used_bytes
         is_coarse = used_bytes >= SPREAD_MIN_BYTES * len(residency.groups)
         is_quiet = now_s - max(self._moved_s, self._changed_s) >= SPREAD_S
         if is_known and (self._is_spread or not is_quiet):
             return
-        is_full = residency.pagecache_bytes + _core.BLOCK_BYTES > min(budget, used_bytes)
+        is_full = residency.claimed_bytes + _core.BLOCK_BYTES > min(budget, used_bytes)
         if is_full and not is_coarse:
             return
         begin_s = time.perf_counter()
@@ -234,10 +273,16 @@ class Watching(Rebinding):
             found = self._survey()
             self._check_anew(found)
             swaps = int(is_quiet and is_coarse)
-            moves = plan_moves(found.candidates, budget, residency.binding, swaps=swaps)
+            moves = plan_moves(
+                found.candidates,
+                budget,
+                residency.binding,
+                swaps=swaps,
+                spare_bytes=spare_bytes,
+            )
         self._plan_after_s = now_s + PLAN_REST * (time.perf_counter() - begin_s)
         if not (moves.to_direct or moves.to_pagecache):
-            self._filled = self._groups_mark, residency.pagecache_bytes, budget
+            self._filled = mark, room_bytes
             self._is_spread = is_quiet
             return
         until_s = begin_s + FILL_S
@@ -319,6 +364,7 @@ class Watching(Rebinding):
             "binding": self._residency.binding,
             "budget_bytes": self._residency.budget_bytes,
             "pagecache_bytes": self._residency.pagecache_bytes,
+            "claimed_bytes": self._residency.claimed_bytes,
             "resident_bytes": sum(self._resident.copy().values()),
             "margin_bytes": governor.margin_bytes if governor else 0,
             "grow_delay_s": governor.grow_delay_s if governor else 0.0,

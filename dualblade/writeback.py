@@ -270,6 +270,7 @@ class WriteBack:
             self._dirty_since_s = time.monotonic()
         for offset, length in ranges:
             self._dirty.add(offset, length)
+            self._freed.remove(offset, length)  # cut off before, and appended to again
 
     def _add_freed(self, extents: Iterable[tuple[int, int]]) -> None:
         for offset, length in extents:

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dualblade
+from dualblade.entry import Entry, layout_of
+from dualblade.index import Index
 from dualblade.residency import Residency
 from tests.helpers import MIB, noise
 
@@ -29,9 +31,10 @@ def paths(store: dualblade.TensorStore) -> dict[str, str]:
 @given(
     steps=st.lists(
         st.tuples(
-            st.sampled_from(("add", "grow", "direct")),
+            st.sampled_from(("add", "grow", "direct", "settle")),
             st.sampled_from("abcd"),
             st.integers(0, 60),
+            st.integers(0, 4),
         ),
         max_size=40,
     ),
@@ -39,36 +42,85 @@ def paths(store: dualblade.TensorStore) -> dict[str, str]:
 )
 def test_the_accounts_are_right_and_the_budget_is_kept(steps: list[Any], policy: Any) -> None:
     residency = Residency(policy, 100)
-    model: dict[str, list[int]] = {}
-    for action, group, size in steps:
+    model: dict[str, list[tuple[int, int]]] = {}
+    settled: set[str] = set()
+    for action, group, size, quarters in steps:
+        stored = size * quarters // 4
         if action == "direct" and group in model:
             residency.move(group, "direct")
+        elif action == "settle" and group in model:
+            residency.settle(group)
+            settled.add(group)
         elif action in ("add", "grow"):
-            for name in residency.crowded({group: size}):
+            for name in residency.crowded({group: (size, stored)}):
                 residency.move(name, "direct")
-            residency.add([(group, size)])
-            model.setdefault(group, []).append(size)
-        assert {name: sum(sizes) for name, sizes in model.items()} == {
-            name: bound.size_bytes for name, bound in residency.groups.items()
+            residency.add([(group, size, stored)])
+            model.setdefault(group, []).append((size, stored))
+        assert {name: bound.size_bytes for name, bound in residency.groups.items()} == {
+            name: sum(size for size, _ in parts) for name, parts in model.items()
         }
-        cached = sum(
-            sum(sizes) for name, sizes in model.items() if residency.path_of(name) == "pagecache"
-        )
-        assert residency.pagecache_bytes == cached
+        cached = [name for name in model if residency.path_of(name) == "pagecache"]
+        stored_bytes = {name: sum(part[1] for part in parts) for name, parts in model.items()}
+        assert residency.stored_bytes == sum(stored_bytes.values())
+        assert residency.pagecache_bytes == sum(stored_bytes[name] for name in cached)
+        claimed = sum(sum(part[name in settled] for part in model[name]) for name in cached)
+        assert residency.claimed_bytes == claimed
         if policy == "dual":
-            assert cached <= 100
+            assert residency.pagecache_bytes <= claimed <= 100
         if policy == "direct":
-            assert cached == 0
+            assert cached == []
 
 
 def test_groups_that_grow_together_are_crowded_together() -> None:
     residency = Residency("dual", 100)
     for group in "abc":
-        residency.add([(group, 20)])
-    assert residency.crowded({"a": 20, "b": 20}) == []
-    assert residency.crowded({"a": 30, "b": 30}) == ["b"]
-    assert residency.crowded({"a": 50, "b": 10}) == ["a"]
-    assert residency.crowded({"a": -5, "new": 500}) == []
+        residency.add([(group, 20, 10)])
+    assert residency.crowded({"a": (20, 0), "b": (20, 0)}) == []
+    assert residency.crowded({"a": (30, 0), "b": (30, 0)}) == ["b"]
+    assert residency.crowded({"a": (50, 0), "b": (10, 0)}) == ["a"]
+    assert residency.crowded({"a": (-5, 0), "new": (500, 500)}) == []
+    # Of one that counts by what is stored in it, so does what comes.
+    residency.settle("a")
+    assert residency.claimed_bytes == 50
+    assert residency.crowded({"a": (1000, 40)}) == []
+    assert residency.crowded({"a": (1000, 60)}) == ["a"]
+    residency.move("a", "direct")
+    assert (residency.claimed_bytes, residency.pagecache_bytes) == (40, 20)
+
+
+def test_room_is_kept_for_a_group_as_long_as_it_is_filled_quickly() -> None:
+    residency = Residency("dual", 1000)
+    index = Index(1 << 20, 4096, 4096)
+    entries = {name: Entry(name, layout_of((10, 4096), "|u1", 4096), name, 0) for name in "abcd"}
+    residency.budget_bytes = 1 << 20
+    index.place(list(entries.values()), residency, one_run=False)
+
+    def look() -> list[str]:
+        residency.settle_slow(list(residency.filling), 0.25)
+        return [name for name, group in residency.groups.items() if group.is_promised]
+
+    page = 4096
+    index.account(entries["a"], page, residency)
+    index.account(entries["b"], page, residency)
+    index.account(entries["c"], 10 * page, residency)
+    assert look() == list("abcd")  # seen for the first time
+    index.account(entries["a"], 4 * page, residency)  # 6 are missing, 3 have come
+    index.account(entries["b"], 2 * page, residency)  # 8 are missing, 1 has come
+    assert look() == ["a", "d"]
+    assert residency.claimed_bytes == (10 + 2 + 10 + 10) * page
+    assert residency.pagecache_bytes == (4 + 2 + 10) * page
+    index.account(entries["b"], 9 * page, residency)
+    assert residency.claimed_bytes == (10 + 9 + 10 + 10) * page
+    assert look() == ["d"]  # nothing is known of it still
+    assert list(residency.filling) == []
+    residency.budget_bytes = 23 * page
+    assert residency.over({}, by_claim=True) == 10 * page
+    assert residency.has_room(0)
+    assert not residency.has_room(1)
+    assert residency.over({"a": page, "b": page, "none": page}, by_claim=False) == 2 * page
+    index.discard(entries.values(), residency)
+    assert residency.groups == {}
+    assert residency.stored_bytes == residency.claimed_bytes == residency.pagecache_bytes == 0
 
 
 # ---- in a store ----------------------------------------------------------------------------------
@@ -129,6 +181,8 @@ def test_a_group_that_outgrows_the_budget_goes_direct_whole(path: Path, grow: st
             store.reserve("c", (2 * MIB,), "uint8", group="g")
         else:
             store.resize("b", 3 * MIB)
+            assert set(paths(store).values()) == {"pagecache"}  # what is stored fits still
+            store.append("b", noise(2 * MIB, 3))
         assert store.info("other").path == "pagecache"
         assert {side for key, side in paths(store).items() if key != "other"} == {"direct"}
         assert store.stats()["pagecache_bytes"] == MIB

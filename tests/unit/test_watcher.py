@@ -250,7 +250,8 @@ def test_rebalance_binds_what_is_empty_anew(memory: Memory, path: Path) -> None:
         store.rebalance()
         assert cached(store) == [0, 1, 2, 4]
         np.testing.assert_array_equal(store.get("k1"), noise(MIB))
-        assert store.stats()["pagecache_bytes"] == 32 * MIB
+        assert store.stats()["pagecache_bytes"] == MIB
+        assert residency(store)["claimed_bytes"] == 32 * MIB
         assert store.path_of("g1") == "pagecache"
         assert store.path_of("g3") == "direct"
         with pytest.raises(dualblade.KeyNotFoundError, match="no group 'g9'"):
