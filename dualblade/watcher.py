@@ -285,6 +285,7 @@ class Watching(Rebinding):
             self._filled = mark, room_bytes
             self._is_spread = is_quiet
             return
+        self._settle_finished()  # appends that nobody has waited for hold their groups
         until_s = begin_s + FILL_S
         for path, names in (("direct", moves.to_direct), ("pagecache", moves.to_pagecache)):
             for name in names:
