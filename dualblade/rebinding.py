@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -39,6 +40,8 @@ class Rebinding(EntryTransfer):
         """Bytes of page-cached entries that were found in memory; read and changed freely."""
         self._making_way = threading.RLock()
         """One at a time has groups leave for appends; the others find room then."""
+        self._moves: Counter[PathName] = Counter()
+        """How many groups were moved to each path for the memory's sake."""
         self._problems = 0
         self._last_problem = ""
 
@@ -180,11 +183,14 @@ class Rebinding(EntryTransfer):
     def _make_way(self, growth: Mapping[str, int]) -> bool:
         """Has groups go direct, in the binding's order, so that some can grow by so many bytes;
         False if none can go. The caller holds no entries."""
+        residency = self._residency
+        moved = 0
         with self._making_way:
-            if self._residency.over(growth, by_claim=False) <= 0:
-                return True  # others had some go meanwhile
-            spare_bytes = self._residency.budget_bytes // WAY_PART
-            return self._make_room(spare_bytes, growth) > 0
+            # Others may have had some go meanwhile.
+            if residency.over(growth, by_claim=False) > 0:
+                moved = self._make_room(residency.budget_bytes // WAY_PART, growth)
+                self._moves["direct"] += moved
+        return moved > 0 or residency.over(growth, by_claim=False) <= 0
 
     # ---- many at once -----------------------------------------------------------------------
 

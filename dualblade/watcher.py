@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -124,7 +124,6 @@ class Watching(Rebinding):
         self._memory: MemoryWatch | None = None
         self._governor: Governor | None = None
         self._watcher: Watcher | None = None
-        self._moves: Counter[str] = Counter()
         self._evicted_bytes = self._samples = 0
         self._groups_mark: tuple[int, ...] = ()
         """Changes when groups come, go or grow."""

@@ -91,6 +91,11 @@ def test_interrupts_at_any_moment(tmp_path: Path, seed: int) -> None:
             assert free_bytes - stats["free_bytes"] == taken, number
             groups = stats["groups"].values()
             assert sum(group["size_bytes"] for group in groups) == taken, number
+            assert all(group["stored_bytes"] <= group["size_bytes"] for group in groups), number
+            cached = [group for group in groups if group["path"] == "pagecache"]
+            stored = sum(group["stored_bytes"] for group in cached)
+            assert stats["pagecache_bytes"] == stored <= stats["memory_budget_bytes"], number
+            assert stored <= stats["residency"]["claimed_bytes"], number
         assert interrupts > OPERATIONS // 20
         assert store.check() == []
         expected = store.get_many(store.keys())

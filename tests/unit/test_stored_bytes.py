@@ -64,7 +64,7 @@ def kept_within_the_budget(store: dualblade.TensorStore) -> Iterator[None]:
 
     def look() -> None:
         nonlocal most
-        while not ended.is_set():
+        while not ended.wait(0.0002):
             most = max(most, store._residency.pagecache_bytes - store.memory_budget)
 
     looking = threading.Thread(target=look)
