@@ -37,8 +37,12 @@ SETTLE_FILL_S = 60.0
 the pace of the last SETTLE_S."""
 SETTLE_GROUPS = 1000
 """So many are looked at in one go, while nobody else gets the store's lock."""
+PACE_S = 3.0
+"""How quickly groups grow is measured over so long."""
 AHEAD_S = 3 * INTERVAL_S
-"""For what is appended within so long, room is made beforehand: else who appends has to wait."""
+AHEAD_PART = 16
+"""For what is appended within so long, room is made beforehand, at most this part of the budget:
+else who appends has to wait."""
 SPARE_S = 10.0
 """Groups that come leave the room that is appended within so long: or they would soon go again."""
 ROOM_PART = 256
@@ -133,7 +137,7 @@ class Watching(Rebinding):
         """For which groups and how much room nothing more could come back."""
         self._settle_after_s = 0.0
         self._pace: deque[tuple[float, int]] = deque()
-        """(time, grown_bytes) of the last SETTLE_S."""
+        """(time, grown_bytes) of the last PACE_S."""
         self._is_spread = False
         self._checked: list[Entry] = []
         self._check_next = 0
@@ -212,7 +216,7 @@ class Watching(Rebinding):
             self._write_back.wake()
             mark = len(residency.groups), self._index.extents.free_bytes
             unfilled_bytes = max(0, self._index.used_bytes - residency.stored_bytes)
-        ahead_bytes = min(int(pace * AHEAD_S), unfilled_bytes)
+        ahead_bytes = min(int(pace * AHEAD_S), unfilled_bytes, budget // AHEAD_PART)
         if residency.claimed_bytes + ahead_bytes > budget:
             if now_s < self._room_after_s:
                 return
@@ -244,10 +248,10 @@ class Watching(Rebinding):
         """Bytes by which the claims of page-cached groups grow each second."""
         pace = self._pace
         pace.append((now_s, self._residency.grown_bytes))
-        while len(pace) > 2 and pace[1][0] <= now_s - SETTLE_S:
+        while len(pace) > 2 and pace[1][0] <= now_s - PACE_S:
             pace.popleft()
         (before_s, before_bytes), (_, grown_bytes) = pace[0], pace[-1]
-        return (grown_bytes - before_bytes) / max(now_s - before_s, SETTLE_S)
+        return (grown_bytes - before_bytes) / max(now_s - before_s, PACE_S)
 
     def _fill(self, now_s: float, spare_bytes: int = 0) -> None:
         """Brings back what fits and leaves so much of the budget, and improves the binding when it

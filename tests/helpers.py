@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dualblade.memory import MemorySample
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import dualblade
 
 MIB = 1 << 20
 UNTIL_TIMEOUT_S = 120
@@ -43,3 +47,25 @@ def flip(path: str | os.PathLike[str], offset: int, bits: int = 1) -> None:
         file.seek(offset)
         byte = file.read(1)[0]
     overwrite(path, offset, bytes([byte ^ bits]))
+
+
+class Memory:
+    """What is free, as the test says: in place of MemoryWatch."""
+
+    def __init__(self, free_bytes: int) -> None:
+        self.free_bytes = free_bytes
+        self.error: Exception | None = None
+        self.is_closed = False
+
+    def sample(self, views_bytes: int = 0) -> MemorySample:
+        if self.error is not None:
+            raise self.error
+        return MemorySample(self.free_bytes - views_bytes, 1 << 30, 0, 0, 0, {"test": "this"})
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def residency(store: dualblade.TensorStore) -> dict[str, Any]:
+    """How the store follows the memory."""
+    return store.stats()["residency"]

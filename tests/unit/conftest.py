@@ -1,10 +1,12 @@
-"""Where the unit tests make their stores."""
+"""Where the unit tests make their stores, and what memory they have."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.helpers import MIB, Memory
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,3 +16,11 @@ if TYPE_CHECKING:
 def path(tmp_path: Path) -> Path:
     """A file that is not there yet."""
     return tmp_path / "kv.img"
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    """What is free to stores that are opened, as the test says: 100 MiB at first."""
+    free = Memory(100 * MIB)
+    monkeypatch.setattr("dualblade.opening.MemoryWatch", lambda: free)
+    return free

@@ -15,11 +15,8 @@ import pytest
 
 import dualblade
 from dualblade.residency import spread_order
-from tests.unit.test_watcher import Memory, memory, noise, path, residency, until
+from tests.helpers import MIB, Memory, noise, residency, until
 
-__all__ = ["memory", "path"]
-
-MIB = 1 << 20
 LAYERS = 8
 # Of a token in a layer: keys and values of 8 heads of 64 bytes each, so that a MiB is 1024 tokens.
 SHAPE: dict[str, Any] = {"layers": LAYERS, "kv_heads": 8, "head_dim": 64, "dtype": "uint8"}

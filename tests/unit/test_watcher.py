@@ -20,34 +20,9 @@ import numpy as np
 import pytest
 
 import dualblade
-from dualblade.memory import MemorySample
-from tests.helpers import MIB, noise, until
+from tests.helpers import MIB, Memory, noise, residency, until
 
 TIMEOUT_S = 120
-
-
-class Memory:
-    """What is free, as the test says."""
-
-    def __init__(self, free_bytes: int) -> None:
-        self.free_bytes = free_bytes
-        self.error: Exception | None = None
-        self.is_closed = False
-
-    def sample(self, views_bytes: int = 0) -> MemorySample:
-        if self.error is not None:
-            raise self.error
-        return MemorySample(self.free_bytes - views_bytes, 1 << 30, 0, 0, 0, {"test": "this"})
-
-    def close(self) -> None:
-        self.is_closed = True
-
-
-@pytest.fixture
-def memory(monkeypatch: pytest.MonkeyPatch) -> Memory:
-    free = Memory(100 * MIB)
-    monkeypatch.setattr("dualblade.opening.MemoryWatch", lambda: free)
-    return free
 
 
 @pytest.fixture
@@ -65,10 +40,6 @@ def store(memory: Memory, path: Path) -> Iterator[dualblade.TensorStore]:
         assert store.check() == []
         assert memory.error is not None or residency(store)["problems"] == 0
     assert memory.is_closed
-
-
-def residency(store: dualblade.TensorStore) -> dict[str, Any]:
-    return store.stats()["residency"]
 
 
 def cached(store: dualblade.TensorStore) -> list[int]:
