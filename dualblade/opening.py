@@ -35,7 +35,7 @@ from dualblade.memory import MemoryWatch, format_size, page_cache_budget, parse_
 from dualblade.residency import BINDINGS, POLICIES, Binding, Policy, Residency
 from dualblade.safety import Target, check_targets
 from dualblade.store import TensorStore
-from dualblade.watcher import join_orphans
+from dualblade.watcher import join_orphans, shared
 
 CHUNK_BYTES = 256 << 10
 """What one checksum covers: small enough that reading a part of a tensor reads little more than
@@ -156,7 +156,8 @@ def _following(residency: Residency, memory: str | int) -> tuple[MemoryWatch, Go
     """What the store follows the memory with, which sets the first budget as well."""
     watch = MemoryWatch()
     governor = Governor(None if memory == "auto" else parse_size(memory))
-    residency.budget_bytes = governor.update(time.monotonic(), watch.sample(), 0)
+    sample = shared(watch.sample(), governor, 0)
+    residency.budget_bytes = governor.update(time.monotonic(), sample, 0)
     return watch, governor
 
 

@@ -9,12 +9,12 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from dualblade import _core
+from dualblade import _core, sharing
 from dualblade.entry import Entry
 from dualblade.errors import ClosedError, UnsupportedError
 from dualblade.governor import EXPLAINED_S, Governor
 from dualblade.index import collector_paused
-from dualblade.memory import MemoryWatch
+from dualblade.memory import MemorySample, MemoryWatch
 from dualblade.rebinding import Rebinding, Survey
 from dualblade.residency import plan_moves
 from dualblade.writeback import WriteBack
@@ -120,6 +120,16 @@ def join_orphans() -> None:
             watcher.stop()
 
 
+def shared(sample: MemorySample, governor: Governor, wanted_bytes: int) -> MemorySample:
+    """A sample with the part of the free memory that other stores of this process leave."""
+    if governor.cap_bytes is not None:
+        wanted_bytes = min(wanted_bytes, governor.cap_bytes)
+    wanted_bytes += governor.margin_bytes
+    return sample._replace(
+        free_bytes=sharing.PROCESS.share(governor, wanted_bytes, sample.free_bytes)
+    )
+
+
 class Watching(Rebinding):
     """Keeps the page-cached groups within the memory that is free, while the store is used."""
 
@@ -171,6 +181,8 @@ class Watching(Rebinding):
             self._write_back.stop()
         if self._memory is not None:
             self._memory.close()
+        if self._governor is not None:
+            sharing.PROCESS.leave(self._governor)
 
     def forget_after_fork(self) -> None:
         """In the child after a fork: the threads are the parent's too."""
@@ -199,7 +211,7 @@ class Watching(Rebinding):
         assert governor is not None
         assert self._write_back is not None
         self._release_views()
-        sample = memory.sample(self._index.viewed_bytes)
+        sample = shared(memory.sample(self._index.viewed_bytes), governor, self._wanted_bytes())
         self._samples, self._sources = self._samples + 1, sample.sources
         if now_s - self._shrunk_s < EXPLAINED_S:
             # Whatever the kernel took of those that stay, it took because there was less.
@@ -230,6 +242,11 @@ class Watching(Rebinding):
             self._groups_mark, self._changed_s, self._is_spread = mark, now_s, False
         elif now_s - self._changed_s >= STABLE_S and now_s >= self._plan_after_s:
             self._fill(now_s, min(int(pace * SPARE_S), unfilled_bytes))
+
+    def _wanted_bytes(self) -> int:
+        """What all groups would take of the page cache, as far as that is known."""
+        residency = self._residency
+        return residency.stored_bytes + residency.claimed_bytes - residency.pagecache_bytes
 
     def _settle_slow(self, now_s: float) -> None:
         """Gives up what is kept for groups that are not about to be filled."""

@@ -30,7 +30,7 @@ LAYERS = (
     {"transfer"},
     {"access"},
     {"index"},
-    {"residency", "catalog", "governor", "pipeline", "ticket"},
+    {"residency", "catalog", "governor", "sharing", "pipeline", "ticket"},
     {"entry"},
     {"safety"},
     {"paths", "memory", "gpu", "header", "writeback"},
