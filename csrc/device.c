@@ -519,10 +519,26 @@ static int drop_cached_part(const struct part *part, void *context)
     return db_member_drop_cached(part->member, part->offset, part->length);
 }
 
-int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t length,
-                          uint32_t *failed)
+int db_device_write_back_failures(struct db_device *device, uint64_t *out)
 {
-    return call_parts(device, offset, length, drop_cached_part, NULL, failed);
+    *out = 0;
+    if (device->is_forked)
+        return -ECHILD;
+    for (uint32_t i = 0; i < device->stripes.member_count; i++)
+        *out += db_member_write_back_failures(&device->members[i]);
+    return 0;
+}
+
+int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t length,
+                          uint64_t failures, uint32_t *failed)
+{
+    int rc = db_device_write_back(device, offset, length, true, failed);
+    uint64_t now = failures;
+    if (!rc && failures != DB_ANY_FAILURES)
+        rc = db_device_write_back_failures(device, &now);
+    if (!rc && now != failures)
+        rc = -ECANCELED;
+    return rc ? rc : call_parts(device, offset, length, drop_cached_part, NULL, failed);
 }
 
 static int count_part(const struct part *part, void *out)

@@ -126,13 +126,21 @@ int db_device_discard(struct db_device *device, uint64_t offset, uint64_t length
                       uint32_t *failed);
 /* Starts to write a range's dirty pages back, without waiting, as far as the drive's queue takes
  * them; with `wait` returns when all are written, which is not yet on the medium. The error of a
- * write-back that failed before may come up here, and does so again in db_device_flush().
- * -EIO, -ENOSPC, -ENOMEM. */
+ * write-back of another range that failed meanwhile may come up here, and does so again in
+ * db_device_flush(). -EIO, -ENOSPC, -ENOMEM. */
 int db_device_write_back(struct db_device *device, uint64_t offset, uint64_t length, bool wait,
                          uint32_t *failed);
-/* Writes a range's dirty pages back and drops it from the page cache. */
+/* How often a write-back of this device has failed since it was opened, as far as the kernel knows
+ * by now, whoever asked for it and whoever was told. The kernel takes the pages for clean then, and
+ * may drop them: a range whose pages were dirty, and that were written back between two calls that
+ * give the same number, is on the drive; with another number it may be in memory alone.
+ * db_device_flush() tells no more of the failures that were told here. Takes no time. -ECHILD. */
+int db_device_write_back_failures(struct db_device *device, uint64_t *out);
+#define DB_ANY_FAILURES UINT64_MAX
+/* Writes a range's dirty pages back and drops it from the page cache. -ECANCELED, and nothing is
+ * dropped: there have been other than so many failures, and what is cached may be all there is. */
 int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t length,
-                          uint32_t *failed);
+                          uint64_t failures, uint32_t *failed);
 
 /* What the page cache holds of a range, in whole pages. */
 struct db_cached {

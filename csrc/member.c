@@ -14,7 +14,8 @@
 int db_member_identify(const char *path, struct db_member *member)
 {
     struct stat status;
-    *member = (struct db_member){.direct_fd = -1, .buffered_fd = -1};
+    *member = (struct db_member){.direct_fd = -1, .buffered_fd = -1, .watch_fd = -1};
+    pthread_mutex_init(&member->watch_lock, NULL);
     if (stat(path, &status) < 0)
         return -errno;
     if (S_ISDIR(status.st_mode))
@@ -46,7 +47,10 @@ static int open_descriptors(const char *path, bool read_only, struct db_member *
     if (rc)
         return rc;
     member->direct_fd = open(path, access | O_DIRECT | O_CLOEXEC);
-    return member->direct_fd >= 0 || errno == EINVAL ? 0 : -errno;
+    if (member->direct_fd < 0 && errno != EINVAL)
+        return -errno;
+    member->watch_fd = open(path, O_RDONLY | O_CLOEXEC);
+    return member->watch_fd >= 0 ? 0 : -errno;
 }
 
 int db_member_open(const char *path, bool read_only, struct db_member *member)
@@ -54,6 +58,7 @@ int db_member_open(const char *path, bool read_only, struct db_member *member)
     int rc = open_descriptors(path, read_only, member);
     if (rc)
         return rc;
+    (void)db_member_write_back_failures(member); /* what failed before is not about us */
     bool has_direct = member->direct_fd >= 0;
     rc = db_geometry_read(has_direct ? member->direct_fd : member->buffered_fd,
                           member->geometry.is_block_device, &member->geometry);
@@ -65,6 +70,9 @@ void db_member_close(struct db_member *member)
 {
     if (member->direct_fd >= 0)
         close(member->direct_fd);
+    if (member->watch_fd >= 0)
+        close(member->watch_fd);
+    pthread_mutex_destroy(&member->watch_lock);
     if (member->lock)
         db_lock_close(member->lock);
     else if (member->buffered_fd >= 0)
@@ -75,11 +83,90 @@ void db_member_abandon(struct db_member *member)
 {
     close(member->direct_fd);
     close(member->buffered_fd);
+    close(member->watch_fd);
+}
+
+/* ---- write-back, and what became of it ------------------------------------------------------- */
+
+/* The error of a write-back that failed, of which this descriptor has not been told yet. */
+static int news_of(int fd)
+{
+    /* Where nothing lies nothing is waited for. */
+    int rc = sync_file_range(fd, (off_t)1 << 62, 1, SYNC_FILE_RANGE_WAIT_BEFORE);
+    return rc < 0 && errno != ENOSYS && errno != EPERM ? -errno : 0;
+}
+
+/* The lock is held. */
+static void look(struct db_member *member)
+{
+    int error = news_of(member->watch_fd);
+    if (error) {
+        member->write_back_error = error;
+        member->write_back_failures++;
+    }
+}
+
+static uint64_t failures_so_far(struct db_member *member)
+{
+    pthread_mutex_lock(&member->watch_lock);
+    look(member);
+    uint64_t failures = member->write_back_failures;
+    pthread_mutex_unlock(&member->watch_lock);
+    return failures;
+}
+
+/* What a call that synced has to say (the lock is held): its own error, or that of a write-back
+ * that failed after so many had, whoever was told of it. */
+static int outcome(struct db_member *member, int rc, uint64_t failures)
+{
+    look(member);
+    if (rc && member->write_back_failures == failures) { /* the drive refused in another way */
+        member->write_back_error = rc;
+        member->write_back_failures++;
+    }
+    return !rc && member->write_back_failures != failures ? member->write_back_error : rc;
+}
+
+uint64_t db_member_write_back_failures(struct db_member *member)
+{
+    pthread_mutex_lock(&member->watch_lock);
+    look(member);
+    uint64_t failures = member->failures_told = member->write_back_failures;
+    pthread_mutex_unlock(&member->watch_lock);
+    return failures;
 }
 
 int db_member_flush(struct db_member *member)
 {
-    return fdatasync(member->buffered_fd) < 0 ? -errno : 0;
+    (void)news_of(member->buffered_fd); /* old, and counted: fdatasync() is to tell what is new */
+    int rc = fdatasync(member->buffered_fd) < 0 ? -errno : 0;
+    pthread_mutex_lock(&member->watch_lock);
+    rc = outcome(member, rc, member->failures_told);
+    member->failures_told = member->write_back_failures;
+    pthread_mutex_unlock(&member->watch_lock);
+    return rc;
+}
+
+int db_member_write_back(struct db_member *member, uint64_t offset, uint64_t length, bool wait)
+{
+    int fd = member->direct_fd >= 0 ? member->direct_fd : member->buffered_fd;
+    uint64_t before = failures_so_far(member);
+    unsigned flags = SYNC_FILE_RANGE_WRITE;
+    if (wait)
+        flags |= SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WAIT_AFTER;
+    (void)news_of(fd); /* old, and counted: of other ranges, or of an earlier try */
+    int rc = sync_file_range(fd, (off_t)offset, (off_t)length, flags) < 0 ? -errno : 0;
+    if (!wait && !rc)
+        return 0;
+    pthread_mutex_lock(&member->watch_lock);
+    rc = outcome(member, rc, before);
+    pthread_mutex_unlock(&member->watch_lock);
+    return rc;
+}
+
+int db_member_drop_cached(struct db_member *member, uint64_t offset, uint64_t length)
+{
+    return -posix_fadvise(member->buffered_fd, (off_t)offset, (off_t)length, POSIX_FADV_DONTNEED);
 }
 
 int db_member_discard(struct db_member *member, uint64_t offset, uint64_t length)
@@ -93,23 +180,4 @@ int db_member_discard(struct db_member *member, uint64_t offset, uint64_t length
                        (off_t)offset, (off_t)length);
     }
     return rc < 0 ? -errno : 0;
-}
-
-int db_member_write_back(struct db_member *member, uint64_t offset, uint64_t length, bool wait)
-{
-    /* The kernel tells each open file of a failed write-back once: told to this descriptor, it is
-     * still news to the one that is flushed, whose user may be somebody else. */
-    int fd = member->direct_fd >= 0 ? member->direct_fd : member->buffered_fd;
-    unsigned flags = SYNC_FILE_RANGE_WRITE;
-    if (wait)
-        flags |= SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WAIT_AFTER;
-    return sync_file_range(fd, (off_t)offset, (off_t)length, flags) < 0 ? -errno : 0;
-}
-
-int db_member_drop_cached(struct db_member *member, uint64_t offset, uint64_t length)
-{
-    int rc = db_member_write_back(member, offset, length, true);
-    if (rc)
-        return rc;
-    return -posix_fadvise(member->buffered_fd, (off_t)offset, (off_t)length, POSIX_FADV_DONTNEED);
 }

@@ -8,11 +8,20 @@
 #include "geometry.h"
 #include "mapping.h"
 
+#include <pthread.h>
 #include <sys/types.h>
 
 struct db_member {
     struct db_geometry geometry;
     int direct_fd, buffered_fd; /* -1: not open, or there is no O_DIRECT here */
+    /* The kernel tells each open file of a failed write-back once. This one is asked for nothing
+     * else, and under the mutex: so whatever another descriptor was told, and whoever heard it,
+     * it is counted here, and the count is true the moment that it is read. */
+    int watch_fd;
+    pthread_mutex_t watch_lock;
+    int write_back_error;         /* -errno of the last one */
+    uint64_t write_back_failures; /* known of since it was opened */
+    uint64_t failures_told;       /* of these, by db_member_flush() or _failures() */
     struct db_lock *lock;       /* of the buffered descriptor; NULL: it has none yet */
     dev_t device;               /* of the block device, or of the file's filesystem */
     ino_t inode;                /* 0 for a block device, which may have several names */
@@ -30,6 +39,9 @@ void db_member_abandon(struct db_member *member);
 int db_member_flush(struct db_member *member);
 int db_member_discard(struct db_member *member, uint64_t offset, uint64_t length);
 int db_member_write_back(struct db_member *member, uint64_t offset, uint64_t length, bool wait);
+/* Drops the clean pages of a range. */
 int db_member_drop_cached(struct db_member *member, uint64_t offset, uint64_t length);
+/* How many failed write-backs are known of; the flush tells of those after these. */
+uint64_t db_member_write_back_failures(struct db_member *member);
 
 #endif

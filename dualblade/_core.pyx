@@ -441,12 +441,32 @@ cdef class Device:
         self._range_call(WRITE_BACK_AND_WAIT if wait else WRITE_BACK, offset, length,
                          "write back")
 
-    def drop_cached(self, offset, length):
-        """Writes a range's dirty pages back and drops it from the page cache."""
-        self._range_call(DROP_CACHED, offset, length, "drop the cached pages of")
+    def drop_cached(self, offset, length, failures=None):
+        """Writes a range's dirty pages back and drops it from the page cache.
+
+        `failures`: as write_back_failures() gave it when all that is cached there was known to be
+        on the drive or dirty. If there have been others, DeviceError, and nothing is dropped."""
+        self._range_call(DROP_CACHED, offset, length, "drop the cached pages of",
+                         DB_ANY_FAILURES if failures is None else failures)
+
+    def write_back_failures(self):
+        """How often a write-back of this device has failed since it was opened.
+
+        The kernel takes pages that it could not write for clean, and may drop them. What was
+        written back between two calls that give the same number is on the drive; with another one
+        what the page cache holds may be all there is. flush() tells no more of these failures."""
+        cdef uint64_t failures
+        cdef int rc
+        self._pin()
+        with nogil:
+            rc = db_device_write_back_failures(self.ptr, &failures)
+        self._unpin()
+        if rc:
+            raise device_error(-rc, device=self.info.target, operation="write back")
+        return failures
 
     cdef int _range_call(self, range_call which, object offset, object length,
-                         str operation) except -1:
+                         str operation, uint64_t failures=DB_ANY_FAILURES) except -1:
         cdef uint64_t start = _bytes(offset, "offset")
         cdef uint64_t size = _bytes(length, "length")
         cdef uint32_t failed
@@ -459,7 +479,7 @@ cdef class Device:
                 rc = db_device_write_back(self.ptr, start, size, which == WRITE_BACK_AND_WAIT,
                                           &failed)
             else:
-                rc = db_device_drop_cached(self.ptr, start, size, &failed)
+                rc = db_device_drop_cached(self.ptr, start, size, failures, &failed)
         self._unpin()
         self._check_range(rc, start, size, operation, failed)
         return 0

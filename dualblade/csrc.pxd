@@ -102,8 +102,10 @@ cdef extern from "dualblade.h" nogil:
                           uint32_t *failed) noexcept
     int db_device_write_back(db_device *device, uint64_t offset, uint64_t length, bint wait,
                              uint32_t *failed) noexcept
+    int db_device_write_back_failures(db_device *device, uint64_t *out) noexcept
+    const uint64_t DB_ANY_FAILURES
     int db_device_drop_cached(db_device *device, uint64_t offset, uint64_t length,
-                              uint32_t *failed) noexcept
+                              uint64_t failures, uint32_t *failed) noexcept
     struct db_cached:
         uint64_t resident_bytes
         uint64_t dirty_bytes

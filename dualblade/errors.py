@@ -166,6 +166,10 @@ _MEANING: dict[int, tuple[str, str]] = {
         "there is no medium in it: its size is 0",
         "Insert or attach one (losetup for a loop device), or give another device.",
     ),
+    errnos.ECANCELED: (
+        "a write-back has failed meanwhile, and what is cached may be all there is of it",
+        "Look at the kernel log (dmesg) and the drive's health.",
+    ),
     errnos.EROFS: (
         "the device or filesystem is read-only",
         "Remount it read-write or remove the write protection (blockdev --setrw).",

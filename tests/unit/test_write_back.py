@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -121,3 +122,41 @@ def test_each_member_writes_its_part_back(tmp_path: Path):
         assert device.cached_bytes(start, stop - start)[0] == stop - start
         with pytest.raises(ValueError, match=f"has {size} bytes"):
             device.write_back(0, size + 1)
+
+
+def test_a_failure_is_counted_whoever_was_told_of_it(device: _core.Device, faulty: FaultDevice):
+    before = device.write_back_failures()
+    device.write([(MIB, b"x" * MIB)], path="pagecache").wait()
+    faulty.add_rule("write", "EIO")
+    with pytest.raises(DeviceError):
+        device.write_back(MIB, MIB, wait=True)
+    faulty.clear()
+    device.write_back(MIB, MIB, wait=True)  # that is over: this range is clean, and it can't help
+    after = device.write_back_failures()
+    assert after > before
+    assert device.write_back_failures() == after
+    device.flush()  # it was told: what is new is for the flush to say
+    device.write([(0, b"x" * MIB)], path="pagecache").wait()
+    faulty.add_rule("write", "EIO")
+    with pytest.raises(DeviceError, match="flush"):
+        device.flush()
+    assert device.write_back_failures() > after
+
+
+def test_what_may_be_all_there_is_is_not_dropped(device: _core.Device, faulty: FaultDevice):
+    data = os.urandom(MIB)
+    before = device.write_back_failures()
+    device.write([(MIB, data)], path="pagecache").wait()
+    faulty.add_rule("write", "EIO")
+    with pytest.raises(DeviceError, match="EIO"):
+        device.drop_cached(MIB, MIB, before)
+    faulty.clear()
+    with pytest.raises(DeviceError, match="a write-back has failed meanwhile"):
+        device.drop_cached(MIB, MIB, before)
+    out = bytearray(MIB)
+    device.read([(MIB, out)], path="pagecache").wait()
+    assert out == data
+    device.write([(MIB, out)], path="pagecache").wait()
+    device.drop_cached(MIB, MIB, device.write_back_failures())
+    device.read([(MIB, out)]).wait()
+    assert out == data
