@@ -92,6 +92,8 @@ class Entry:
         "rows",
         "stored",
         "tail",
+        "unsure_since",
+        "unsure_until",
         "users",
         "views",
     )
@@ -112,6 +114,10 @@ class Entry:
         self.held = b""
         self.tail: _core.Tail | None = None
         """Where appends go on; None until the next one rebuilds it."""
+        self.unsure_since = 0
+        """When it was written through the page cache, while the drive is not known to have all of
+        it: the turns of doubts.py, from the first to the last; 0: it has."""
+        self.unsure_until = 0
         self.users = 0
         """Operations under way and views of this entry; its extent lives until there are none."""
         self.views = 0

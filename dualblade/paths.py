@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dualblade._core import Completion, Device
-from dualblade.errors import UnsupportedError
+from dualblade.errors import DeviceError, UnsupportedError
 
 FOLIO_MAX_BYTES = 2 << 20
 """The page cache holds memory in pieces of up to this size, and drops them only whole."""
@@ -45,12 +45,21 @@ class DirectPath:
         or while the completion is waited for."""
         return self._device.write(requests, path=self.name, checksums=checksums)
 
-    def enter(self, offset: int, length: int) -> None:
-        """Called before an extent's first access on this path after it was on the other."""
+    def enter(self, offset: int, length: int, failures: int | None = None) -> None:
+        """Called before an extent's first access on this path after it was on the other.
+
+        `failures`: how many write-backs had failed when nothing that is cached was in doubt. None:
+        something is, and the neighbours have to be left alone.
+        """
         start, stop = offset, offset + length
         for attempt in range(DROP_ATTEMPTS):
-            self._device.drop_cached(start, stop - start)
-            if not self._has_cached(offset, length):
+            try:
+                self._device.drop_cached(start, stop - start, failures if attempt else None)
+            except DeviceError:
+                if not attempt:
+                    raise
+                return  # a write-back has failed, perhaps of a neighbour
+            if not self._has_cached(offset, length) or failures is None:
                 return
             if attempt == 0:
                 # Cached in one piece with the neighbours, since all this was one tensor that is

@@ -15,7 +15,7 @@ from dualblade.index import collector_paused
 from dualblade.memory import format_size
 from dualblade.paths import PageCachePath
 from dualblade.residency import Candidate, PathName, plan_moves
-from dualblade.transfer import EntryTransfer
+from dualblade.transfer import SURE_ATTEMPTS, EntryTransfer
 
 WAY_PART = 64
 """Who appends past the budget frees this part of it at least: of many small groups some leave at
@@ -137,12 +137,14 @@ class Rebinding(EntryTransfer):
 
         With the `operation` that holds them others use them again while their pages are dropped.
         """
+        if not self._is_whole(group, entries):
+            return False
+        if self._residency.groups[group].path != path:
+            self._make_sure(entries)  # what is dropped must not be all there is
         with self._lock:
-            bound = self._residency.groups.get(group)
-            if bound is None or bound.tensors != len(entries):
-                return False  # its keys were put into other groups meanwhile
-            if any(entry.group != group for entry in entries):
+            if not self._is_whole(group, entries):
                 return False
+            bound = self._residency.groups[group]
             before = bound.path
             if before == path:
                 return True
@@ -160,16 +162,28 @@ class Rebinding(EntryTransfer):
                 # No buffered read or write of them is under way. What is read and written past the
                 # page cache agrees with what is still in it: the kernel sees to that.
                 self._share(operation)
+        failures = self._doubts.look()
+        spares = self._doubts.is_open
         try:
             for entry in entries:
                 self._resident.pop(entry, None)
                 if entry.layout.extent_bytes:
-                    self._paths[path].enter(entry.offset, entry.layout.extent_bytes)
+                    self._paths[path].enter(
+                        entry.offset, entry.layout.extent_bytes, None if spares else failures
+                    )
         except BaseException:
             with self._lock:
                 self._residency.move(group, before)
             raise
         return True
+
+    def _is_whole(self, group: str, entries: Sequence[Entry]) -> bool:
+        """Whether these are all tensors of a group: their keys may have been put into others."""
+        with self._lock:
+            bound = self._residency.groups.get(group)
+            if bound is None or bound.tensors != len(entries):
+                return False
+            return all(entry.group == group for entry in entries)
 
     def _go_direct(self, groups: Iterable[str]) -> None:
         """Makes room in the memory budget for groups that are about to grow."""
@@ -191,6 +205,39 @@ class Rebinding(EntryTransfer):
                 moved = self._make_room(residency.budget_bytes // WAY_PART, growth)
                 self._moves["direct"] += moved
         return moved > 0 or residency.over(growth, by_claim=False) <= 0
+
+    # ---- what the drive may not have --------------------------------------------------------
+
+    def _doubted(self) -> list[str]:
+        """The keys of what was in memory alone, perhaps, after a write-back had failed."""
+        self._doubts.look()
+        if not self._doubts.is_open:
+            return []
+        with self._lock:
+            failures = self._doubts.look()
+            has = self._doubts.has
+            keys = [entry.key for entry in list(self._index.entries.values()) if has(entry)]
+            # What is being put now is found once it is stored.
+            if not keys and not any(has(e) for each in self._operations for e in each.created):
+                self._doubts.close(failures)
+            return keys
+
+    def _settle_doubts(self) -> None:
+        """Returns when the drive has what failed write-backs did not bring it. Raises as
+        `_make_sure`."""
+        for _ in range(SURE_ATTEMPTS):
+            keys = self._doubted()
+            if not keys:
+                return
+            for key in keys:
+                self._settle_doubt(key)
+
+    def _settle_doubt(self, key: str) -> None:
+        try:
+            with self._appending([key]) as (entry,):
+                self._make_sure([entry])
+        except KeyNotFoundError:
+            return  # deleted meanwhile: nobody asks for it
 
     # ---- many at once -----------------------------------------------------------------------
 

@@ -8,6 +8,7 @@ index.py; here is what callers ask for.
 from __future__ import annotations
 
 import contextlib
+import errno
 import operator
 import threading
 import warnings
@@ -19,7 +20,13 @@ from dualblade import _core, tensor
 from dualblade.access import IS_EXCLUSIVE, Operation, inside, is_written, rows_of
 from dualblade.catalog import Catalog, Record
 from dualblade.entry import Entry, Layout, ReadPlan, TensorInfo, footprint_of, layout_of
-from dualblade.errors import CorruptionError, DeviceError, KeyNotFoundError, UnsupportedError
+from dualblade.errors import (
+    CorruptionError,
+    DeviceError,
+    KeyNotFoundError,
+    UnsupportedError,
+    device_error,
+)
 from dualblade.index import Index
 from dualblade.residency import PathName, Residency
 from dualblade.ticket import Ticket
@@ -327,7 +334,12 @@ class TensorStore(Watching, Views):
 
     @inside
     def flush(self) -> None:
-        """Finishes what is under way, writes everything out and saves the index."""
+        """Finishes what is under way, writes everything out and saves the index.
+
+        Nothing is saved that the drive may not have: what it has refused is given to it again, and
+        as long as it does not take that, every flush raises DeviceError. CorruptionError: it did
+        not, and memory has lost it as well; delete the tensor or put it again.
+        """
         with self._flushing:
             self._flush()
 
@@ -337,13 +349,18 @@ class TensorStore(Watching, Views):
             with self._operation(), self._lock:
                 version = self._index.version
                 changed, deleted = self._index.take_changes()
+            self._settle_doubts()
+            failures = self._doubts.look()
             records = self._persist_all(changed)
+            written, turn = self._end_turn(changed)
             if self._write_back is not None:
                 self._write_back.flush_begins()
             self._device.flush()
             if self._write_back is not None:
                 self._write_back.flush_ended()
             with self._lock:
+                if not self._doubts.settle(written, turn, failures):
+                    raise self._refusal()
                 is_clean = version == self._index.version
                 # First: whoever is interrupted after the commit marks the next change all the same.
                 self._index.is_clean = is_clean
@@ -353,6 +370,18 @@ class TensorStore(Watching, Views):
             with self._lock:
                 self._index.restore_changes()
             raise
+
+    def _end_turn(self, keys: Iterable[str]) -> tuple[list[Entry], int]:
+        """Of these keys the entries that nobody writes now, and the turn of their last write."""
+        with self._lock:
+            entries = self._index.entries
+            found = [entries[key] for key in keys if key in entries]
+            if any(map(self._doubts.has, found)):  # just stored, and refused before that
+                raise self._refusal()
+            return [entry for entry in found if not is_written(entry)], self._doubts.next_turn()
+
+    def _refusal(self) -> Exception:
+        return device_error(errno.EIO, device=self._device.info.target, operation="write back")
 
     def stats(self) -> dict[str, Any]:
         """Counters and sizes, in bytes where the name says so."""
@@ -658,7 +687,7 @@ class TensorStore(Watching, Views):
         arrays: list[Any],
     ) -> dict[PathName, ReadPlan]:
         """Plans how entries that the caller holds are read into `arrays`, which it adds to."""
-        verify = self._verify == "always"
+        verify = self._verify == "always" or self._doubts.is_open
         plans = {path: ReadPlan(verify) for path in self._paths}
         with self._lock:
             groups = self._residency.groups

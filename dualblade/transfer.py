@@ -5,6 +5,7 @@ Every method here is called by an operation that holds its entries (access.py).
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -14,8 +15,9 @@ import numpy as np
 from dualblade import _core, tensor
 from dualblade.access import EntryAccess
 from dualblade.catalog import Catalog
+from dualblade.doubts import Doubts
 from dualblade.entry import CHECKSUM_BYTES, Entry, ReadPlan, footprint_of, take_checksums
-from dualblade.errors import CorruptionError
+from dualblade.errors import CorruptionError, DeviceError, device_error
 from dualblade.index import Index
 from dualblade.paths import Request, open_paths
 from dualblade.residency import PathName, Residency
@@ -25,6 +27,8 @@ SUBMIT_REQUESTS = 64
 """So many are handed over at a time: the device works on the first while others are prepared."""
 COPY_BYTES = 4 << 20
 """How much of a tensor is in memory at a time while it moves to another extent."""
+SURE_ATTEMPTS = 3
+"""A write-back that fails meanwhile may have been of another tensor: then it is tried again."""
 WRITE_PART_BYTES = 8 << 20
 """Of a write to the page cache so much is made dirty before it is written back and more follows."""
 
@@ -47,10 +51,18 @@ class EntryTransfer(EntryAccess):
         super().__init__(index, catalog, residency)
         self._device = device
         self._paths = open_paths(device)
+        self._buffered = ("pagecache",) if device.info.direct else ("pagecache", "direct")
+        """The paths on which a write that has been done may still fail."""
+        self._doubts = Doubts(device)
         self._write_back: WriteBack | None = None
         """Where there is one, it is told of all that is written into the page cache."""
         self._verify = verify
         self._corruptions = 0
+
+    def forget_after_fork(self) -> None:
+        """In the child after a fork: the store is the parent's, and its locks may be held there."""
+        super().forget_after_fork()
+        self._doubts.forget_after_fork()
 
     # ---- transfers --------------------------------------------------------------------------
 
@@ -85,6 +97,8 @@ class EntryTransfer(EntryAccess):
                 checksums = bytearray(sum([entry.layout.checksums_bytes for entry in entries]))
                 if self._write_back is not None and name == "pagecache":
                     self._write_back.admit(sum([entry.layout.nbytes for entry in entries]))
+                if name in self._buffered:
+                    self._doubts.mark(entries)
                 completions.append(self._paths[name].write(requests, checksums))
                 written.append(Written(name, entries, checksums))
         return written
@@ -114,6 +128,8 @@ class EntryTransfer(EntryAccess):
                 requests = [request for _, request in members]
                 if not requests:
                     continue
+                if name in self._buffered:
+                    self._doubts.mark([entry for entry, _ in members])
                 if self._write_back is None or name == "direct":
                     completions.append(self._paths[name].write(requests, None))
                     continue
@@ -140,6 +156,8 @@ class EntryTransfer(EntryAccess):
             if requests and self._write_back is not None and name == "pagecache":
                 ranges = [(offset, len(data)) for offset, data in requests]
                 self._write_back.admit(sum([length for _, length in ranges]))
+            if name in self._buffered:
+                self._doubts.mark([entry for entry, _ in members])
             if requests:
                 completions.append(self._paths[name].write(requests, None))
         return ranges
@@ -155,7 +173,7 @@ class EntryTransfer(EntryAccess):
     ) -> np.ndarray[Any, Any]:
         """Bytes on the device of an entry that the caller holds, in new memory or in `memory`."""
         if verify is None:
-            verify = self._verify != "never"
+            verify = self._verify != "never" or self._doubts.is_open
         if memory is None:
             memory = _core.aligned_empty(stop - start, np.uint8)
         plan = ReadPlan(verify)
@@ -187,6 +205,41 @@ class EntryTransfer(EntryAccess):
                         f"delete it or put it again"
                     ) from error
         raise error
+
+    # ---- what the drive may not have --------------------------------------------------------
+
+    def _make_sure(self, entries: Iterable[Entry]) -> None:
+        """Returns when the drive has all that was written of entries that nobody else changes.
+
+        DeviceError: it does not take it. CorruptionError: a write-back of it failed, and the page
+        cache does not hold it any more.
+        """
+        for entry in entries:
+            for attempt in range(SURE_ATTEMPTS):
+                problem = self._try_to_make_sure(entry) if entry.unsure_since else None
+                if problem is None:
+                    break
+                if attempt == SURE_ATTEMPTS - 1:
+                    raise problem
+
+    def _try_to_make_sure(self, entry: Entry) -> Exception | None:
+        failures = self._doubts.look()
+        place = {"offset": entry.offset, "length": entry.layout.extent_bytes}
+        try:
+            if self._doubts.has(entry):
+                # What the kernel takes for clean is written again, if it is what it should be.
+                for start in range(0, entry.stored, COPY_BYTES):
+                    stop = min(start + COPY_BYTES, entry.stored)
+                    data = self._read_bytes(entry, start, stop, verify=True)
+                    self._write([(entry, (entry.offset + start, data))])
+            self._device.write_back(**place, wait=True)
+        except DeviceError as error:
+            return error
+        if self._doubts.settle([entry], entry.unsure_until, failures):
+            return None
+        return device_error(
+            errno.EIO, device=self._device.info.target, operation="write back", **place
+        )
 
     # ---- the end of an entry ----------------------------------------------------------------
 

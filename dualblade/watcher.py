@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 import weakref
@@ -10,8 +11,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from dualblade import _core, sharing
+from dualblade.access import is_written
 from dualblade.entry import Entry
-from dualblade.errors import ClosedError, UnsupportedError
+from dualblade.errors import ClosedError, CorruptionError, DeviceError, UnsupportedError
 from dualblade.governor import EXPLAINED_S, Governor
 from dualblade.index import collector_paused
 from dualblade.memory import MemorySample, MemoryWatch
@@ -49,6 +51,9 @@ ROOM_PART = 256
 """What groups could come back for is looked for anew once there is more room by this part."""
 PLAN_REST = 50
 """After a plan so many times as long as it took pass before the next one that is not urgent."""
+MEND_S = 0.2
+MEND_MAX_S = 60.0
+"""What the drive refused is given to it again after so long, twice as long each time up to this."""
 CHECK_S = 0.0005
 """Of each interval, for asking the kernel which pages of ours are in memory."""
 CHECK_MIN_BYTES = 64 << 10
@@ -149,6 +154,7 @@ class Watching(Rebinding):
         self._pace: deque[tuple[float, int]] = deque()
         """(time, grown_bytes) of the last PACE_S."""
         self._is_spread = False
+        self._mend_after_s = self._mend_pause_s = 0.0
         self._checked: list[Entry] = []
         self._check_next = 0
         self._sources: dict[str, str] = {}
@@ -211,6 +217,7 @@ class Watching(Rebinding):
         assert governor is not None
         assert self._write_back is not None
         self._release_views()
+        self._mend(now_s)
         sample = shared(memory.sample(self._index.viewed_bytes), governor, self._wanted_bytes())
         self._samples, self._sources = self._samples + 1, sample.sources
         if now_s - self._shrunk_s < EXPLAINED_S:
@@ -269,6 +276,34 @@ class Watching(Rebinding):
             pace.popleft()
         (before_s, before_bytes), (_, grown_bytes) = pace[0], pace[-1]
         return (grown_bytes - before_bytes) / max(now_s - before_s, PACE_S)
+
+    def _mend(self, now_s: float) -> None:
+        """Gives the drive once more what it refused, before the kernel drops the pages, which it
+        takes for clean."""
+        if now_s < self._mend_after_s:
+            return
+        keys = self._doubted()
+        if not keys:
+            self._mend_pause_s = 0.0
+            return
+        random.shuffle(keys)  # those that it never takes must not be in the way of the others
+        has_failed = False
+        until_s = time.perf_counter() + FILL_S
+        for key in keys:
+            if time.perf_counter() > until_s:
+                break
+            with self._lock:
+                entry = self._index.entries.get(key)
+                if entry is None or is_written(entry) or self._puts_of([key]):
+                    continue
+            try:
+                self._settle_doubt(key)
+            except (DeviceError, CorruptionError) as error:
+                self._note_problem(error)
+                has_failed = True
+        if has_failed:
+            self._mend_pause_s = max(MEND_S, min(2 * self._mend_pause_s, MEND_MAX_S))
+            self._mend_after_s = now_s + self._mend_pause_s
 
     def _fill(self, now_s: float, spare_bytes: int = 0) -> None:
         """Brings back what fits and leaves so much of the budget, and improves the binding when it

@@ -238,10 +238,10 @@ class WriteBack:
                     ended = self._under_way.popleft() if self._under_way and not started else []
                     if started:
                         self._under_way.append(started)
-                    freed = [] if started or ended else self._freed.take(BATCH_BYTES)
                 self._each(started, self._device.write_back)
                 self._each(ended, partial(self._device.write_back, wait=True))
-                self._each(freed, self._device.drop_cached)
+                if not (started or ended):
+                    self._drop_freed()
                 if ended:
                     with self._lock:
                         self._under_way_bytes -= sum([length for _, length in ended])
@@ -250,6 +250,20 @@ class WriteBack:
             with self._lock:
                 self._is_running = False
                 self._changed.notify_all()
+
+    def _drop_freed(self) -> None:
+        if not self._freed.total_bytes:
+            return
+        try:
+            failures = self._device.write_back_failures()
+        except ClosedError:
+            return
+        with self._lock:
+            # What was given out again before the count is known now; of the rest no write-back can
+            # have failed before it, and if one does later, nothing is dropped.
+            self._take_notes()
+            freed = self._freed.take(BATCH_BYTES)
+        self._each(freed, partial(self._device.drop_cached, failures=failures))
 
     def _take_dirty(self) -> list[tuple[int, int]]:
         """What is to be started now; it counts as under way."""
@@ -321,6 +335,6 @@ class WriteBack:
             except ClosedError:
                 return
             except DualbladeError:
-                # The device says it again to whoever flushes: what failed is lost to them, not to
-                # this thread, which goes on with the rest.
+                # The device counts it, and who counts writes it again (doubts.py). This thread
+                # goes on with the rest.
                 self.errors += 1

@@ -198,7 +198,11 @@ class SlowDevice:
             if self.error is not None:
                 raise self.error
 
-    def drop_cached(self, offset: int, length: int) -> None:
+    def write_back_failures(self) -> int:
+        return 0
+
+    def drop_cached(self, offset: int, length: int, failures: int) -> None:
+        assert failures == 0
         self.calls.append(("drop", offset, length))
 
 

@@ -31,6 +31,7 @@ LAYERS = (
     {"access"},
     {"index"},
     {"residency", "catalog", "governor", "sharing", "pipeline", "ticket"},
+    {"doubts"},
     {"entry"},
     {"safety"},
     {"paths", "memory", "gpu", "header", "writeback"},
