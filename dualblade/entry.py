@@ -66,7 +66,7 @@ def layout_of(shape: tuple[int, ...], dtype: str, chunk_bytes: int) -> Layout:
 
 def footprint_of(nbytes: int) -> int:
     """Of so many bytes of a tensor, rounded up to whole pages."""
-    return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
+    return round_up(nbytes, BLOCK_BYTES)
 
 
 class Entry:

@@ -186,13 +186,10 @@ class TensorStore(Watching, Views):
         operation = Operation(is_appending=True)
         completions: list[_core.Completion] = []
         ends: list[AppendEnd] = []
-        written: list[tuple[int, int]] = []
 
         def finish(error: BaseException | None) -> None:
             if error is not None:
                 raise error
-            if written and self._write_back is not None:
-                self._write_back.written(written, sum([length for _, length in written]))
             self._end_append(ends)
 
         ticket = self._ticket(completions, finish, operation)
@@ -204,7 +201,7 @@ class TensorStore(Watching, Views):
                 return growth
             writes, found = self._plan_append(entries, parts)
             ends += found
-            written += self._start_parts(writes, completions)
+            self._start_parts(writes, completions, operation)
             # The mapping is the caller's, who may empty it at once.
             self._register(operation, ticket, [entry.key for entry in entries])
         return ticket
@@ -542,7 +539,8 @@ class TensorStore(Watching, Views):
         ticket = self._ticket(completions, finish, operation)
         with self._starting(operation, ticket, completions):
             entries = self._create(operation, tensors, name)
-            written += self._start_writes(zip(entries, memory, strict=True), completions)
+            members = zip(entries, memory, strict=True)
+            written += self._start_writes(members, completions, operation)
             self._register(operation, ticket, tensors)
         return ticket
 

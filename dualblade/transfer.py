@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 
 from dualblade import _core, tensor
-from dualblade.access import EntryAccess
+from dualblade.access import EntryAccess, Operation
 from dualblade.catalog import Catalog
 from dualblade.doubts import Doubts
 from dualblade.entry import CHECKSUM_BYTES, Entry, ReadPlan, footprint_of, take_checksums
@@ -29,8 +29,6 @@ COPY_BYTES = 4 << 20
 """How much of a tensor is in memory at a time while it moves to another extent."""
 SURE_ATTEMPTS = 3
 """A write-back that fails meanwhile may have been of another tensor: then it is tried again."""
-WRITE_PART_BYTES = 8 << 20
-"""Of a write to the page cache so much is made dirty before it is written back and more follows."""
 
 AppendEnd = tuple[Entry, _core.Tail, bytes, int, bytes, int]
 """What is true of an entry once rows are appended: its tail, checksums, stored, held and rows."""
@@ -56,6 +54,8 @@ class EntryTransfer(EntryAccess):
         self._doubts = Doubts(device)
         self._write_back: WriteBack | None = None
         """Where there is one, it is told of all that is written into the page cache."""
+        self._dirty_waits = 0
+        """How often a writer had to wait for what is dirty."""
         self._verify = verify
         self._corruptions = 0
 
@@ -82,7 +82,10 @@ class EntryTransfer(EntryAccess):
                 completions.append(self._paths[name].read(requests, checksums, ahead=ahead))
 
     def _start_writes(
-        self, writes: Iterable[tuple[Entry, Any]], completions: list[_core.Completion]
+        self,
+        writes: Iterable[tuple[Entry, Any]],
+        completions: list[_core.Completion],
+        operation: Operation,
     ) -> list[Written]:
         """Starts writing whole entries, `(entry, memory)`; adds to `completions` as it goes.
 
@@ -93,23 +96,76 @@ class EntryTransfer(EntryAccess):
             for first in range(0, len(members), SUBMIT_REQUESTS):
                 part = members[first : first + SUBMIT_REQUESTS]
                 entries = [entry for entry, _ in part]
-                requests = [(entry.offset, memory) for entry, memory in part]
                 checksums = bytearray(sum([entry.layout.checksums_bytes for entry in entries]))
-                if self._write_back is not None and name == "pagecache":
-                    self._write_back.admit(sum([entry.layout.nbytes for entry in entries]))
                 if name in self._buffered:
                     self._doubts.mark(entries)
-                completions.append(self._paths[name].write(requests, checksums))
-                written.append(Written(name, entries, checksums))
+                if self._write_back is not None and name == "pagecache":
+                    self._start_admitted(part, checksums, completions, operation)
+                else:
+                    requests = [(entry.offset, memory) for entry, memory in part]
+                    completions.append(self._paths[name].write(requests, checksums))
+                written.append(Written(entries, checksums))
         return written
+
+    def _start_admitted(
+        self,
+        members: Sequence[tuple[Entry, Any]],
+        checksums: bytearray,
+        completions: list[_core.Completion],
+        operation: Operation,
+    ) -> None:
+        """Starts writing whole entries into the page cache, as the dirty bound lets them in."""
+        assert self._write_back is not None
+        chunk_bytes = self._index.chunk_bytes
+        part_bytes = max(chunk_bytes, self._write_back.part_bytes // chunk_bytes * chunk_bytes)
+        path = self._paths["pagecache"]
+        if sum([entry.layout.extent_bytes for entry, _ in members]) <= part_bytes:
+            extents = [(entry.offset, entry.layout.extent_bytes) for entry, _ in members]
+            self._admit(operation, extents, completions)
+            requests = [(entry.offset, memory) for entry, memory in members]
+            completions.append(path.write(requests, checksums))
+            return
+        whole = [(entry.offset, _bytes_of(memory)) for entry, memory in members]
+        sums = np.frombuffer(checksums, np.uint64)
+        for part in parts_of(whole, part_bytes):
+            self._admit(operation, _blocks_of(part), completions)
+            count = sum([-(-len(data) // chunk_bytes) for _, data in part])
+            completions.append(path.write(part, sums[:count]))
+            sums = sums[count:]
 
     def _finish_writes(self, written: Iterable[Written]) -> None:
         """Takes in that whole entries have been written."""
-        for path, entries, checksums in written:
+        for entries, checksums in written:
             take_checksums(entries, checksums)
-            if self._write_back is not None and path == "pagecache":
-                extents = [(entry.offset, entry.layout.extent_bytes) for entry in entries]
-                self._write_back.written(extents, sum([length for _, length in extents]))
+
+    def _admit(
+        self,
+        writer: object,
+        ranges: Sequence[tuple[int, int]],
+        completions: Iterable[_core.Completion],
+    ) -> None:
+        """Returns when a writer, whose `completions` are under way, may make these ranges dirty."""
+        write_back = self._write_back
+        assert write_back is not None
+        # What is being written can't be written back before it is known that this is over.
+        if write_back.is_due(writer):
+            wait_all(completions)
+            write_back.written(writer)
+        if write_back.admit(writer, ranges):
+            return
+        self._dirty_waits += 1
+        while not write_back.admit(writer, ranges):
+            wait_all(completions)
+            write_back.written(writer)
+            for other in write_back.writers():
+                if isinstance(other, Operation) and other.ticket is not None:
+                    other.ticket.settle()
+            write_back.await_room(ranges)
+
+    def _end(self, operation: Operation) -> None:
+        if self._write_back is not None:
+            self._write_back.written(operation)
+        super()._end(operation)
 
     def _by_path(
         self, members: Iterable[tuple[Entry, Any]]
@@ -123,7 +179,14 @@ class EntryTransfer(EntryAccess):
     def _write(self, writes: Iterable[tuple[Entry, Request]]) -> None:
         """Writes parts of entries and waits for it. After an error nothing is under way."""
         completions: list[_core.Completion] = []
-        try:
+        writer = object()
+
+        def end() -> None:
+            drain(completions)
+            if self._write_back is not None:
+                self._write_back.written(writer)
+
+        with _core.Bracket(lambda: None, end):
             for name, members in self._by_path(writes).items():
                 requests = [request for _, request in members]
                 if not requests:
@@ -133,34 +196,30 @@ class EntryTransfer(EntryAccess):
                 if self._write_back is None or name == "direct":
                     completions.append(self._paths[name].write(requests, None))
                     continue
-                for part in parts_of(requests, WRITE_PART_BYTES):
-                    ranges = [(offset, len(data)) for offset, data in part]
-                    total = sum([length for _, length in ranges])
-                    self._write_back.admit(total)
+                for part in parts_of(requests, self._write_back.part_bytes):
+                    self._admit(writer, _blocks_of(part), completions)
                     completions.append(self._paths[name].write(part, None))
-                    completions[-1].wait()
-                    self._write_back.written(ranges, total)
             wait_all(completions)
-        except BaseException:
-            drain(completions)
-            raise
 
     def _start_parts(
-        self, writes: Iterable[tuple[Entry, Request]], completions: list[_core.Completion]
-    ) -> list[tuple[int, int]]:
-        """Starts writing parts of entries, no large ones; adds to `completions` as it goes. What it
-        returns is for the write-back once all have been written."""
-        ranges = []
+        self,
+        writes: Iterable[tuple[Entry, Request]],
+        completions: list[_core.Completion],
+        operation: Operation,
+    ) -> None:
+        """Starts writing parts of entries; adds to `completions` as it goes."""
         for name, members in self._by_path(writes).items():
             requests = [request for _, request in members]
-            if requests and self._write_back is not None and name == "pagecache":
-                ranges = [(offset, len(data)) for offset, data in requests]
-                self._write_back.admit(sum([length for _, length in ranges]))
+            if not requests:
+                continue
             if name in self._buffered:
                 self._doubts.mark([entry for entry, _ in members])
-            if requests:
+            if self._write_back is None or name == "direct":
                 completions.append(self._paths[name].write(requests, None))
-        return ranges
+                continue
+            for part in parts_of(requests, self._write_back.part_bytes):
+                self._admit(operation, _blocks_of(part), completions)
+                completions.append(self._paths[name].write(part, None))
 
     def _read_bytes(
         self,
@@ -357,11 +416,20 @@ class EntryTransfer(EntryAccess):
 
 
 class Written(NamedTuple):
-    """Entries that are being written whole on a path, and where their checksums will be."""
+    """Entries that are being written whole, and where their checksums will be."""
 
-    path: PathName
     entries: list[Entry]
     checksums: bytearray
+
+
+def _bytes_of(memory: Any) -> Any:
+    """What `tensor.memory_of` gave, as bytes that can be cut."""
+    return tensor.describe(memory).data if isinstance(memory, np.ndarray) else memory
+
+
+def _blocks_of(requests: Iterable[Request]) -> list[tuple[int, int]]:
+    """The ranges that these make dirty."""
+    return [(offset, footprint_of(len(data))) for offset, data in requests]
 
 
 def parts_of(requests: Iterable[Request], part_bytes: int) -> Iterator[list[Request]]:

@@ -431,7 +431,8 @@ class Watching(Rebinding):
             "moves_to_pagecache": self._moves["pagecache"],
             "evicted_bytes": self._evicted_bytes,
             "dirty_bytes": write_back.dirty_bytes if write_back else 0,
-            "dirty_waits": write_back.waits if write_back else 0,
+            "dirty_most_bytes": write_back.most_bytes if write_back else 0,
+            "dirty_waits": self._dirty_waits,
             "problems": self._problems + (write_back.errors if write_back else 0),
             "last_problem": self._last_problem,
         }

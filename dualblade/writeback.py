@@ -32,6 +32,8 @@ UNDER_WAY_BYTES = 32 << 20
 meanwhile do not wait behind more."""
 NOTES_MAX = 256
 """So many notes may lie there before the thread is woken for them."""
+PART_BYTES = 8 << 20
+"""Of a large write so much at most is made dirty at a time, and half of what may be."""
 ADMIT_LOOK_S = 0.05
 """A writer that waits looks again after so long, whatever it was told."""
 
@@ -95,8 +97,8 @@ class WriteBack:
     """A thread that writes dirty pages of a device back, and drops those of freed extents.
 
     Any thread may call the methods, and none of them does I/O; without `start()` they do nothing.
-    An interrupt may come at any moment of them: all they do is to leave a note for the thread, in
-    one call, and the thread alone keeps the accounts.
+    An interrupt may come at any moment of them: what they do is to leave a note for the thread, in
+    one call, and the thread alone keeps the accounts; but for those of what is being written.
     """
 
     def __init__(self, device: _core.Device, budget_bytes: Callable[[], int]) -> None:
@@ -118,12 +120,14 @@ class WriteBack:
         self._freed = Ranges()
         self._under_way: deque[list[tuple[int, int]]] = deque()
         """What was started, the oldest first."""
-        self._noted_bytes = self._under_way_bytes = 0
-        """Of the notes; of what was started and is not known to be over."""
+        self._admitted: dict[object, list[tuple[int, int]]] = {}
+        """What may be written now, by who writes it."""
+        self._admitted_bytes = self._noted_bytes = self._under_way_bytes = 0
+        """Of these; of the notes; of what was started and is not known to be over."""
         self.errors = 0
         """How often the device refused. flush() of the device tells why."""
-        self.waits = 0
-        """How often a writer had to wait."""
+        self.most_bytes = 0
+        """The most that was dirty or about to be at any time."""
 
     # ---- the thread's life ------------------------------------------------------------------
 
@@ -159,30 +163,75 @@ class WriteBack:
 
     @property
     def dirty_bytes(self) -> int:
-        """Written into the page cache and not known to be on the device."""
-        return self._noted_bytes + self._dirty.total_bytes + self._under_way_bytes
+        """Written into the page cache, or about to be, and not known to be on the device."""
+        noted_bytes = self._noted_bytes + self._dirty.total_bytes + self._under_way_bytes
+        return self._admitted_bytes + noted_bytes
 
-    def admit(self, length: int) -> None:
-        """Returns when a write of so many bytes may be made dirty."""
-        if not self._is_over(length):
-            return
-        self.waits += 1
+    @property
+    def limit_bytes(self) -> int:
+        """So much may be dirty."""
+        limit = min(DIRTY_MAX_BYTES, self._budget_bytes() // DIRTY_PART)
+        return max(limit, DIRTY_LEAST_BYTES)
+
+    @property
+    def part_bytes(self) -> int:
+        """How much should be written at a time: while it is, what came before is written back."""
+        return min(PART_BYTES, max(self.limit_bytes // 2, DIRTY_LEAST_BYTES))
+
+    def admit(self, writer: object, ranges: Sequence[tuple[int, int]]) -> bool:
+        """Whether these ranges, `(offset, length)`, may be written into the page cache now: then
+        they count as dirty, and `written()` is to be called for certain.
+
+        False: there is no room for them. What others, or the same writer, have been admitted with
+        may have to be written first; then `await_room()`.
+        """
+        total_bytes = sum([length for _, length in ranges])
         with self._lock:
-            while self._is_over(length):
+            if self._is_over(total_bytes):
+                return False
+            admitted = [*self._admitted.get(writer, ()), *ranges]
+            most_bytes = max(self.most_bytes, self.dirty_bytes + total_bytes)
+            # No call, no interrupt until all of it is done.
+            self._admitted[writer] = admitted
+            self._admitted_bytes += total_bytes
+            self.most_bytes = most_bytes
+            return True
+
+    def await_room(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Waits a while for room for these ranges, and has dirty pages written for it."""
+        with self._lock:
+            if self._is_over(sum([length for _, length in ranges])):
                 self._note(self._hurry)
                 self._changed.notify_all()
                 self._changed.wait(ADMIT_LOOK_S)
+
+    def is_due(self, writer: object) -> bool:
+        """Whether a writer has been admitted with so much that it should be written back now."""
+        return sum([length for _, length in self._admitted.get(writer, ())]) >= START_BYTES
+
+    def writers(self) -> list[object]:
+        """Those who were admitted and have not said that it is written."""
+        with self._lock:
+            return list(self._admitted)
 
     def _is_over(self, length: int) -> bool:
         if not self._is_running or self._is_stopped:
             return False
         dirty_bytes = self.dirty_bytes
-        limit = min(DIRTY_MAX_BYTES, self._budget_bytes() // DIRTY_PART)
-        return dirty_bytes > 0 and dirty_bytes + length > max(limit, DIRTY_LEAST_BYTES)
+        return dirty_bytes > 0 and dirty_bytes + length > self.limit_bytes
 
-    def written(self, ranges: Sequence[tuple[int, int]], total_bytes: int) -> None:
-        """These ranges, `(offset, length)`, have been written into the page cache."""
-        self._note(self._add_dirty, total_bytes, ranges)
+    def written(self, writer: object) -> None:
+        """What the writer was admitted with is in the page cache, or will not come there. It can
+        be done again."""
+        if writer not in self._admitted:
+            return
+        with self._lock:
+            ranges = self._admitted[writer]
+            total_bytes = sum([length for _, length in ranges])
+            self._note(self._add_dirty, total_bytes, ranges)
+            # No call, no interrupt: neither stays without the other.
+            self._admitted_bytes -= total_bytes
+            del self._admitted[writer]
         if len(self._notes) >= NOTES_MAX or self._noted_bytes >= START_BYTES:
             self.wake()
 

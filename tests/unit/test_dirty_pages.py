@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,29 +104,137 @@ def test_after_a_flush_nothing_is_dirty(store: dualblade.TensorStore) -> None:
         assert cached(store, "x")[1] == cached(store, "small")[1] == 0
 
 
-def test_a_large_append_never_makes_more_dirty_than_the_bound(
-    store: dualblade.TensorStore,
-) -> None:
-    """The bound is an eighth of the budget; a write is admitted in parts of 8 MiB."""
+class MostDirty:
+    """The most that is dirty at any time in a `with`, as the kernel says, sampled by a thread."""
+
+    def __init__(self, store: dualblade.TensorStore) -> None:
+        self.bytes = 0
+        self._device = store._device
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> MostDirty:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._ended.is_set():
+            dirty_bytes = self._device.cached_bytes(0, self._device.info.size)[1]
+            self.bytes = max(self.bytes, dirty_bytes or 0)
+
+
+def append_one(store: dualblade.TensorStore) -> None:
     store.reserve("x", (96 * MIB,), "uint8")
-    data = noise(96 * MIB)
-    most = 0
-    ended = threading.Event()
+    store.append("x", noise(96 * MIB))
 
-    def look() -> None:
-        nonlocal most
-        while not ended.is_set():
-            most = max(most, store._write_back.dirty_bytes)
 
-    looking = threading.Thread(target=look)
-    looking.start()
-    try:
-        store.append("x", data)
-    finally:
-        ended.set()
-        looking.join()
-    assert 0 < most <= store.memory_budget // writeback.DIRTY_PART + 8 * MIB
-    np.testing.assert_array_equal(store.get("x"), data)
+def append_one_behind(store: dualblade.TensorStore) -> None:
+    store.reserve("x", (96 * MIB,), "uint8")
+    store.append_many_async({"x": noise(96 * MIB)}).result()
+
+
+def put_many(size: int, count: int) -> Callable[[dualblade.TensorStore], object]:
+    return lambda store: store.put_many({f"x{i}": noise(size, i) for i in range(count)})
+
+
+def put_behind(store: dualblade.TensorStore) -> None:
+    """Tickets that nobody waits for are no reason to wait for ever."""
+    tickets = [store.put_async(f"x{i}", noise(3 * MIB, i)) for i in range(32)]
+    for ticket in tickets:
+        ticket.result()
+
+
+def put_from_threads(store: dualblade.TensorStore) -> None:
+    arrays = {f"x{i}": noise(3 * MIB, i) for i in range(32)}
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(store.put, arrays, arrays.values()))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda store: store.put("x", noise(96 * MIB)),
+        put_many(3 * MIB + 4097, 32),
+        put_many(128 << 10, 768),
+        append_one,
+        append_one_behind,
+        put_behind,
+        put_from_threads,
+    ],
+    ids=["one", "large", "small", "append", "append_async", "async", "threads"],
+)
+def test_no_more_is_dirty_than_the_bound(
+    store: dualblade.TensorStore, write: Callable[[dualblade.TensorStore], object]
+) -> None:
+    limit = store.memory_budget // writeback.DIRTY_PART
+    assert 8 * MIB <= limit <= 16 * MIB
+    with MostDirty(store) as most:
+        write(store)
+    assert limit // 4 < store.stats()["residency"]["dirty_most_bytes"] <= limit
+    assert most.bytes <= limit
+    until(lambda: dirty_bytes(store) == 0, "nobody writes it back")
+    keys = store.keys()
+    sizes = {key: store.info(key).nbytes for key in keys}
+    for key in keys:
+        seed = int(key[1:] or 0)
+        np.testing.assert_array_equal(store.get(key), noise(sizes[key], seed))
+    assert store.check() == []
+
+
+@pytest.fixture
+def held(
+    fault_device: Callable[..., Any], loop_over: Callable[..., str]
+) -> Iterator[tuple[dualblade.TensorStore, Any]]:
+    """A store whose drive takes no write before it is told to; 1 MiB may be dirty."""
+    fault = fault_device(64 * MIB)
+    loop = loop_over(fault.path, "--direct-io=on")
+    with dualblade.open(loop, format=True, memory="8MiB") as store:
+        fault.add_rule("write", "hold")
+        store.put("first", noise(MIB, 1))
+        yield store, fault
+        fault.release()
+
+
+def test_a_writer_that_waits_can_be_interrupted(held: tuple[dualblade.TensorStore, Any]) -> None:
+    store, fault = held
+
+    def interrupt() -> None:
+        until(lambda: store.stats()["residency"]["dirty_waits"] > 0, "it does not wait")
+        signal.raise_signal(signal.SIGINT)
+
+    interrupting = threading.Thread(target=interrupt)
+    interrupting.start()
+    with pytest.raises(KeyboardInterrupt):
+        store.put("second", noise(MIB, 2))
+        interrupting.join()  # or here, if it is late
+    interrupting.join()
+    fault.release()
+    until(lambda: dirty_bytes(store) == 0, "what was interrupted counts as dirty for ever")
+    assert store.keys() == ["first"]
+    store.put("second", noise(MIB, 3))
+    np.testing.assert_array_equal(store.get("first"), noise(MIB, 1))
+    np.testing.assert_array_equal(store.get("second"), noise(MIB, 3))
+
+
+def test_a_close_waits_for_a_writer_that_waits(held: tuple[dualblade.TensorStore, Any]) -> None:
+    store, fault = held
+    path = store.stats()["target"]
+    with ThreadPoolExecutor(2) as pool:
+        putting = pool.submit(store.put, "second", noise(MIB, 2))
+        until(lambda: store.stats()["residency"]["dirty_waits"] > 0, "it does not wait")
+        closing = pool.submit(store.close)
+        until(lambda: store.closed, "it does not close")
+        assert not putting.done()
+        fault.release()
+        putting.result(TIMEOUT_S)
+        closing.result(TIMEOUT_S)
+    with dualblade.open(path) as again:
+        np.testing.assert_array_equal(again.get("first"), noise(MIB, 1))
+        np.testing.assert_array_equal(again.get("second"), noise(MIB, 2))
 
 
 def test_a_deleted_tensor_leaves_the_page_cache(store: dualblade.TensorStore) -> None:
@@ -206,6 +316,11 @@ class SlowDevice:
         self.calls.append(("drop", offset, length))
 
 
+def write(back: WriteBack, *ranges: tuple[int, int]) -> None:
+    assert back.admit(write, ranges)
+    back.written(write)
+
+
 @pytest.fixture
 def slow() -> Iterator[tuple[SlowDevice, WriteBack]]:
     device: Any = SlowDevice()
@@ -218,19 +333,39 @@ def slow() -> Iterator[tuple[SlowDevice, WriteBack]]:
 
 def test_a_writer_waits_above_the_bound_only(slow: tuple[SlowDevice, WriteBack]) -> None:
     device, back = slow
-    back.admit(100 * MIB)  # nothing is dirty: a write larger than the bound has to begin somewhere
-    back.written([(0, 6 * MIB)], 6 * MIB)
-    back.admit(2 * MIB)
-    assert back.waits == 0
+    # Nothing is dirty: a write larger than the bound has to begin somewhere.
+    assert back.admit("large", [(0, 100 * MIB)])
+    assert not back.admit("small", [(100 * MIB, 1)])
+    assert back.writers() == ["large"]
+    back.freed([(0, 100 * MIB)])
+    back.written("large")
+    back.written("large")
+    back.freed([(0, 100 * MIB)])
+    until(lambda: back.admit("first", [(0, 6 * MIB)]), "what was freed counts")
+    assert back.dirty_bytes == 6 * MIB
+    back.written("first")
+    assert back.admit("second", [(6 * MIB, 2 * MIB)])
+    back.written("second")
+    refused = threading.Event()
     admitted = threading.Event()
-    waiting = threading.Thread(target=lambda: (back.admit(4 * MIB), admitted.set()))
+
+    def wait() -> None:
+        while not back.admit("third", [(8 * MIB, 4 * MIB)]):
+            refused.set()
+            back.await_room([(8 * MIB, 4 * MIB)])
+        admitted.set()
+
+    waiting = threading.Thread(target=wait)
     waiting.start()
-    until(lambda: back.waits == 1, "it does not wait")
-    assert not admitted.wait(0.05)
+    assert refused.wait(TIMEOUT_S)
+    assert not admitted.is_set()
     device.go.release()
     assert admitted.wait(TIMEOUT_S)
     waiting.join()
-    assert back.dirty_bytes == 0
+    back.written("third")
+    device.go.release()
+    until(lambda: back.dirty_bytes == 0, "it is stuck")
+    assert back.most_bytes == 100 * MIB
 
 
 def test_ranges_are_put_together_and_those_freed_are_not_written(
@@ -238,9 +373,9 @@ def test_ranges_are_put_together_and_those_freed_are_not_written(
 ) -> None:
     device, back = slow
     device.go.release(1000)
-    back.written([(0, 4096), (8192, 4096)], 8192)
-    back.written([(4096, 4096)], 4096)
-    back.written([(10 * MIB, MIB)], MIB)
+    write(back, (0, 4096), (8192, 4096))
+    write(back, (4096, 4096))
+    write(back, (10 * MIB, MIB))
     back.freed([(10 * MIB, 2 * MIB)])
     back.freed([(20 * MIB, MIB)])
     back.reused([(20 * MIB, MIB // 2)])
@@ -258,11 +393,11 @@ def test_a_write_back_that_fails_stops_nobody(slow: tuple[SlowDevice, WriteBack]
     device, back = slow
     device.go.release(1000)
     device.error = DeviceError(5, "broken")
-    back.written([(0, 8 * MIB)], 8 * MIB)
+    write(back, (0, 8 * MIB))
     until(lambda: back.dirty_bytes == 0 and back.errors > 0, "it is stuck")
     device.error = None
     errors = back.errors
-    back.written([(0, 8 * MIB)], 8 * MIB)
+    write(back, (0, 8 * MIB))
     until(lambda: back.dirty_bytes == 0, "it is stuck")
     assert back.errors == errors
 
@@ -273,10 +408,11 @@ def test_a_device_that_was_closed_ends_nothing_badly(path: Path) -> None:
     back = WriteBack(device, lambda: 64 * MIB)
     back.start()
     device.close()
-    back.written([(0, 4 * MIB)], 4 * MIB)
+    write(back, (0, 4 * MIB))
     until(lambda: back.dirty_bytes == 0, "it is stuck")
     back.stop()
     back.stop()
-    back.admit(10 * MIB)
-    back.written([(0, 4 * MIB)], 4 * MIB)
+    assert back.admit("any", [(0, 10 * MIB)])
+    back.written("any")
+    write(back, (0, 4 * MIB))
     assert back.dirty_bytes == 0
