@@ -121,14 +121,14 @@ class EntryTransfer(EntryAccess):
         path = self._paths["pagecache"]
         if sum([entry.layout.extent_bytes for entry, _ in members]) <= part_bytes:
             extents = [(entry.offset, entry.layout.extent_bytes) for entry, _ in members]
-            self._admit(operation, extents, completions)
+            self._admit(id(operation), extents, completions)
             requests = [(entry.offset, memory) for entry, memory in members]
             completions.append(path.write(requests, checksums))
             return
         whole = [(entry.offset, _bytes_of(memory)) for entry, memory in members]
         sums = np.frombuffer(checksums, np.uint64)
         for part in parts_of(whole, part_bytes):
-            self._admit(operation, _blocks_of(part), completions)
+            self._admit(id(operation), _blocks_of(part), completions)
             count = sum([-(-len(data) // chunk_bytes) for _, data in part])
             completions.append(path.write(part, sums[:count]))
             sums = sums[count:]
@@ -157,14 +157,17 @@ class EntryTransfer(EntryAccess):
         while not write_back.admit(writer, ranges):
             wait_all(completions)
             write_back.written(writer)
-            for other in write_back.writers():
-                if isinstance(other, Operation) and other.ticket is not None:
-                    other.ticket.settle()
+            writers = write_back.writers()
+            with self._lock:
+                operations = list(self._operations)
+            for operation in operations:
+                if id(operation) in writers and operation.ticket is not None:
+                    operation.ticket.settle()
             write_back.await_room(ranges)
 
     def _end(self, operation: Operation) -> None:
         if self._write_back is not None:
-            self._write_back.written(operation)
+            self._write_back.written(id(operation))
         super()._end(operation)
 
     def _by_path(
@@ -218,7 +221,7 @@ class EntryTransfer(EntryAccess):
                 completions.append(self._paths[name].write(requests, None))
                 continue
             for part in parts_of(requests, self._write_back.part_bytes):
-                self._admit(operation, _blocks_of(part), completions)
+                self._admit(id(operation), _blocks_of(part), completions)
                 completions.append(self._paths[name].write(part, None))
 
     def _read_bytes(

@@ -121,7 +121,8 @@ class WriteBack:
         self._under_way: deque[list[tuple[int, int]]] = deque()
         """What was started, the oldest first."""
         self._admitted: dict[object, list[tuple[int, int]]] = {}
-        """What may be written now, by who writes it."""
+        """What may be written now, by who writes it: no objects that lead to the store, which this
+        thread must not keep alive."""
         self._admitted_bytes = self._noted_bytes = self._under_way_bytes = 0
         """Of these; of the notes; of what was started and is not known to be over."""
         self.errors = 0
@@ -209,10 +210,10 @@ class WriteBack:
         """Whether a writer has been admitted with so much that it should be written back now."""
         return sum([length for _, length in self._admitted.get(writer, ())]) >= START_BYTES
 
-    def writers(self) -> list[object]:
+    def writers(self) -> set[object]:
         """Those who were admitted and have not said that it is written."""
         with self._lock:
-            return list(self._admitted)
+            return set(self._admitted)
 
     def _is_over(self, length: int) -> bool:
         if not self._is_running or self._is_stopped:

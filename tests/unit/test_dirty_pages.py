@@ -336,7 +336,7 @@ def test_a_writer_waits_above_the_bound_only(slow: tuple[SlowDevice, WriteBack])
     # Nothing is dirty: a write larger than the bound has to begin somewhere.
     assert back.admit("large", [(0, 100 * MIB)])
     assert not back.admit("small", [(100 * MIB, 1)])
-    assert back.writers() == ["large"]
+    assert back.writers() == {"large"}
     back.freed([(0, 100 * MIB)])
     back.written("large")
     back.written("large")
