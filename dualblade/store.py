@@ -1,14 +1,13 @@
 """TensorStore: tensors by key, each in one contiguous extent of one device.
 
 How threads keep out of each other's way is in access.py, how bytes move in transfer.py, how groups
-change their path in rebinding.py and watcher.py, what is known of a tensor in entry.py and
-index.py; here is what callers ask for.
+change their path in rebinding.py and watcher.py, how a store is saved in saving.py, what is known
+of a tensor in entry.py and index.py; here is what callers ask for.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import operator
 import threading
 import warnings
@@ -18,26 +17,20 @@ from typing import Any
 
 from dualblade import _core, tensor
 from dualblade.access import IS_EXCLUSIVE, Operation, inside, is_written, rows_of
-from dualblade.catalog import Catalog, Record
+from dualblade.catalog import Catalog
 from dualblade.entry import Entry, Layout, ReadPlan, TensorInfo, footprint_of, layout_of
-from dualblade.errors import (
-    CorruptionError,
-    DeviceError,
-    KeyNotFoundError,
-    UnsupportedError,
-    device_error,
-)
+from dualblade.errors import CorruptionError, DeviceError, KeyNotFoundError, UnsupportedError
 from dualblade.index import Index
 from dualblade.residency import PathName, Residency
+from dualblade.saving import Saving
 from dualblade.ticket import Ticket
 from dualblade.transfer import COPY_BYTES, SUBMIT_REQUESTS, AppendEnd, Written, drain
 from dualblade.views import Views
-from dualblade.watcher import Watching
 
 IS_FULL = operator.attrgetter("is_full")
 
 
-class TensorStore(Watching, Views):
+class TensorStore(Saving, Views):
     """Tensors on one file or block device, or striped over several. Made by `dualblade.open`; safe
     for many threads.
 
@@ -328,57 +321,6 @@ class TensorStore(Watching, Views):
     def closed(self) -> bool:
         """Whether `close()` was called, or the process forked."""
         return self._state != "open"
-
-    @inside
-    def flush(self) -> None:
-        """Finishes what is under way, writes everything out and saves the index.
-
-        Nothing is saved that the drive may not have: what it has refused is given to it again, and
-        as long as it does not take that, every flush raises DeviceError. CorruptionError: it did
-        not, and memory has lost it as well; delete the tensor or put it again.
-        """
-        with self._flushing:
-            self._flush()
-
-    def _flush(self) -> None:
-        self._settle_tickets()
-        try:
-            with self._operation(), self._lock:
-                version = self._index.version
-                changed, deleted = self._index.take_changes()
-            self._settle_doubts()
-            failures = self._doubts.look()
-            records = self._persist_all(changed)
-            written, turn = self._end_turn(changed)
-            if self._write_back is not None:
-                self._write_back.flush_begins()
-            self._device.flush()
-            if self._write_back is not None:
-                self._write_back.flush_ended()
-            with self._lock:
-                if not self._doubts.settle(written, turn, failures):
-                    raise self._refusal()
-                is_clean = version == self._index.version
-                # First: whoever is interrupted after the commit marks the next change all the same.
-                self._index.is_clean = is_clean
-                self._catalog.commit(records, deleted, clean=is_clean)
-                self._index.saved()
-        except BaseException:
-            with self._lock:
-                self._index.restore_changes()
-            raise
-
-    def _end_turn(self, keys: Iterable[str]) -> tuple[list[Entry], int]:
-        """Of these keys the entries that nobody writes now, and the turn of their last write."""
-        with self._lock:
-            entries = self._index.entries
-            found = [entries[key] for key in keys if key in entries]
-            if any(map(self._doubts.has, found)):  # just stored, and refused before that
-                raise self._refusal()
-            return [entry for entry in found if not is_written(entry)], self._doubts.next_turn()
-
-    def _refusal(self) -> Exception:
-        return device_error(errno.EIO, device=self._device.info.target, operation="write back")
 
     def stats(self) -> dict[str, Any]:
         """Counters and sizes, in bytes where the name says so."""
@@ -740,36 +682,6 @@ class TensorStore(Watching, Views):
             alive = [copy for entry, copy in pairs if not entry.is_dead]
             operation.created, operation.is_written = alive, True
             self._change(operation)
-
-    def _persist_all(self, keys: Iterable[str]) -> list[Record]:
-        """Writes what is held back of tensors; the records of those that are not gone."""
-        records: list[Record | None] = []
-        entries = self._index.entries
-        for key in keys:
-            with self._lock:
-                entry = entries.get(key)
-                if entry is None:
-                    continue
-                is_busy = entry.is_appending or entry.is_exclusive
-                if not is_busy and not entry.held:
-                    records.append(self._index.record(entry, self._residency, None))
-                    continue
-            records.append(self._persist(key))
-        return [record for record in records if record is not None]
-
-    def _persist(self, key: str) -> Record | None:
-        """Writes what is held back of a tensor; its record, or None if it is gone."""
-        try:
-            with self._appending([key]) as (entry,):
-                last_checksum = None
-                if entry.held:
-                    tail = self._tail_of(entry)
-                    self._write([(entry, (entry.offset + entry.stored, bytes(tail.block())))])
-                    last_checksum = tail.digest
-                with self._lock:
-                    return self._index.record(entry, self._residency, last_checksum)
-        except KeyNotFoundError:
-            return None
 
 
 def _check_name(name: Any) -> str:

@@ -25,7 +25,8 @@ LAYERS = (
     {"kvlayer"},
     {"buffer_pool"},
     {"store"},
-    {"watcher"},  # this and the next four lines are the store's parts
+    {"saving"},  # this and the next five lines are the store's parts
+    {"watcher"},
     {"rebinding", "views"},
     {"transfer"},
     {"access"},
