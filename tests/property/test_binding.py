@@ -57,6 +57,7 @@ def cached(candidates: list[Candidate]) -> int:
     budget=18,
     binding="head",
     swaps=1,
+    spare=0,
 )
 @given(
     candidates=groups(),
@@ -79,12 +80,12 @@ def test_a_plan_keeps_the_budget_and_fills_it(
             assert group.path == before.path
         if group.name in moves.to_pagecache:
             assert group.wish != "direct"
-        # It could come in only in the place of another; what a swap leaves over is the next plan's.
-        is_left = group.path == "direct" and not group.is_pinned and group.wish != "direct"
-        if is_left and not swaps:
+        # It could come in only in the place of another.
+        if group.path == "direct" and not group.is_pinned and group.wish != "direct":
             assert cached(then) + group.size_bytes + spare > budget
-    if not swaps and moves.to_pagecache:
-        assert cached(then) + spare <= max(budget, pinned)
+    stays = [group for group in candidates if group.path == "pagecache"]
+    if cached(candidates) <= budget and not any(group.is_empty for group in stays):
+        assert moves.to_pagecache == [] or swaps or cached(then) + spare <= budget
     # Until some budget is exceeded every move to the page cache is allowed on the way.
     taken = cached([group for group in candidates if group.name not in moves.to_direct])
     sizes = {group.name: group.size_bytes for group in candidates}
