@@ -160,6 +160,22 @@ class Entry:
         )
 
 
+def growth_of(entries: Iterable[Entry], replaced: Iterable[Entry]) -> dict[str, tuple[int, int]]:
+    """By how much each group grows, on the device and of what is stored, when entries come and
+    others go."""
+    growth: dict[str, tuple[int, int]] = {}
+    for entry in entries:
+        size_bytes, stored_bytes = growth.get(entry.group, (0, 0))
+        size_bytes += entry.layout.extent_bytes
+        growth[entry.group] = size_bytes, stored_bytes + entry.footprint
+    for entry in replaced:
+        if entry.group in growth:
+            size_bytes, stored_bytes = growth[entry.group]
+            size_bytes -= entry.layout.extent_bytes
+            growth[entry.group] = size_bytes, stored_bytes - entry.footprint
+    return growth
+
+
 def take_checksums(entries: Iterable[Entry], checksums: bytes | bytearray) -> None:
     """Gives full entries, which have been written, their part of the checksums of all."""
     start = 0

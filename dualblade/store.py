@@ -18,7 +18,7 @@ from typing import Any
 from dualblade import _core, tensor
 from dualblade.access import IS_EXCLUSIVE, Operation, inside, is_written, rows_of
 from dualblade.catalog import Catalog
-from dualblade.entry import Entry, Layout, ReadPlan, TensorInfo, footprint_of, layout_of
+from dualblade.entry import Entry, Layout, ReadPlan, TensorInfo, footprint_of, growth_of, layout_of
 from dualblade.errors import CorruptionError, DeviceError, KeyNotFoundError, UnsupportedError
 from dualblade.index import Index
 from dualblade.residency import PathName, Residency
@@ -554,7 +554,7 @@ class TensorStore(Saving, Views):
         """
         self._release_views()
         with self._lock:
-            crowded = self._residency.crowded(_growth(entries, replaced))
+            crowded = self._residency.crowded(growth_of(entries, replaced))
             if crowded and self._index.viewed_bytes:
                 # These stay where they are, over the budget for as long as they are looked at.
                 pinned = self._index.viewed_groups()
@@ -695,22 +695,6 @@ def _check_name(name: Any) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"the key or group {name!r} is not valid Unicode") from None
     return str.__str__(name)
-
-
-def _growth(entries: Iterable[Entry], replaced: Iterable[Entry]) -> dict[str, tuple[int, int]]:
-    """By how much each group grows, on the device and of what is stored, when entries come and
-    others go."""
-    growth: dict[str, tuple[int, int]] = {}
-    for entry in entries:
-        size_bytes, stored_bytes = growth.get(entry.group, (0, 0))
-        size_bytes += entry.layout.extent_bytes
-        growth[entry.group] = size_bytes, stored_bytes + entry.footprint
-    for entry in replaced:
-        if entry.group in growth:
-            size_bytes, stored_bytes = growth[entry.group]
-            size_bytes -= entry.layout.extent_bytes
-            growth[entry.group] = size_bytes, stored_bytes - entry.footprint
-    return growth
 
 
 def _row_count(rows: Any) -> int:
