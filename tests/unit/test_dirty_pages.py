@@ -175,7 +175,9 @@ def test_no_more_is_dirty_than_the_bound(
     with MostDirty(store) as most:
         write(store)
     assert limit // 4 < store.stats()["residency"]["dirty_most_bytes"] <= limit
-    assert most.bytes <= limit
+    # The kernel does not count at one moment: what was cleaned and what became dirty meanwhile may
+    # both be in its sum.
+    assert most.bytes <= limit + limit // 4
     until(lambda: dirty_bytes(store) == 0, "nobody writes it back")
     keys = store.keys()
     sizes = {key: store.info(key).nbytes for key in keys}
