@@ -11,18 +11,20 @@ import numpy as np
 import pytest
 
 import dualblade
+from tests.commands import Command
 from tests.helpers import flip
+
+ADMIN = Command("dualblade.cli.admin")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forks_end():
+    yield
+    ADMIN.close()
 
 
 def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "dualblade.cli.admin", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=60,
-        check=False,
-    )
+    return ADMIN.run(*arguments)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import dualblade
 from dualblade.cli.fio_options import DIRECTIONS
 from dualblade.cli.fio_pylibaio import load
 from dualblade.memory import limits
+from tests.commands import Command
 from tests.devices import MemoryCgroup, Unavailable
 from tests.helpers import flip
 
@@ -31,7 +32,18 @@ sys.exit(main())
 needs_fio = pytest.mark.skipif(not shutil.which("fio"), reason="fio is not installed")
 
 
+FIO = Command("dualblade.cli.fio")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forks_end():
+    yield
+    FIO.close()
+
+
 def run(*arguments, **options):
+    if not options:
+        return FIO.run(*arguments)
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
         capture_output=True,
@@ -543,7 +555,9 @@ def test_compare(target, rw, job_engine):
 def test_compare_polls_and_registers_on_both_sides(target, engine_refusals):
     if "uring" in engine_refusals:
         pytest.skip(engine_refusals["uring"])
+    # A few I/Os: fio and the kernel's thread turn in circles, each on a CPU that others want too.
     options = ("--filename", target, "--bs", "64k", "--fixedbufs", "--sqthread-poll")
+    options += ("--io-size", "256k")
     found = run_json(*options, "--compare", "--rounds", 2)
     assert len(found["jobs"]) == len(found["fio"]) == 2
     theirs = found["compare"]["command"]
