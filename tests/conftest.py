@@ -52,8 +52,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 @pytest.fixture(autouse=True)
 def leak_check(request: pytest.FixtureRequest) -> Iterator[None]:
-    """After each test the C core holds no more devices, requests or buffers than before it, and
-    no thread of ours goes on."""
+    """After each test the C core holds no more devices, requests or buffers than before it, no
+    stream or arena is open, and no thread of ours goes on."""
     before = live()
     failures = request.session.testsfailed
     yield
@@ -67,10 +67,10 @@ def leak_check(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def live() -> dict[str, int]:
-    from dualblade import _core
+    from dualblade import _core, gpu
 
     ours = [thread for thread in threading.enumerate() if thread.name.startswith("dualblade-")]
-    return _core.counters() | {"threads": len(ours)}
+    return _core.counters() | gpu.counters() | {"threads": len(ours)}
 
 
 def grown(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:

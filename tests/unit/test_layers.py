@@ -36,7 +36,9 @@ LAYERS = (
     {"entry"},
     {"safety"},
     {"paths", "memory", "gpu", "header", "writeback"},
-    {"cgroups"},
+    {"cgroups", "gpu_cuda", "gpu_host"},
+    {"gpu_host_streams"},
+    {"gpu_arena", "gpu_schedule"},
     {"_core", "tensor", "kernelfile"},
     {"errors"},
 )
