@@ -96,6 +96,9 @@ class Device(Protocol):
     def host_bytes_of(self, array: Any) -> Any:
         """The same as a numpy array, where `unified`."""
 
+    def to_torch(self, array: Any) -> Any:
+        """An array of this device as a torch tensor on the same memory."""
+
     def stream(self) -> Stream:
         """A new stream. To be closed."""
 
@@ -104,11 +107,16 @@ class Device(Protocol):
 
 
 def open_device(name: str = "cpu", **options: Any) -> Device:
-    """The device of this name: "cpu", "cuda" or "cuda:N".
+    """The device of this name: "cpu", "cuda" (CuPy's current one) or "cuda:N".
 
     Options are those of HostDevice or CudaDevice. Raises UnsupportedError where CuPy or the GPU is
     missing, with what to install; ValueError for another name.
     """
     if name == "cpu":
         return HostDevice(**options)
-    raise ValueError(f"device {name!r} is not known; give 'cpu', 'cuda' or 'cuda:N'")
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or (number and not number.isdecimal()) or name.endswith(":"):
+        raise ValueError(f"device {name!r} is not known; give 'cpu', 'cuda' or 'cuda:N'")
+    from dualblade.gpu_cuda import CudaDevice
+
+    return CudaDevice(int(number) if number else None, **options)

@@ -38,6 +38,9 @@ class Arena:
     memory goes when the last array over it is gone.
     """
 
+    pinned = False
+    """Whether the device has pinned it: copies from other memory hold up who starts them."""
+
     def __init__(self, size_bytes: int) -> None:
         """Raises ValueError, MemoryError."""
         if size_bytes <= 0:
@@ -65,11 +68,11 @@ class Arena:
         with self._lock:
             if self._array is None:
                 return
-            self._let_go(self._array)
+            self._let_go()
             self._array = None
             count_closed("gpu_arenas", self)
 
-    def _let_go(self, array: Array) -> None:
+    def _let_go(self) -> None:
         """What has to happen before the memory may go: nothing, as copies keep it alive."""
 
     def __del__(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from dualblade._core import aligned_empty
 from dualblade.gpu_arena import Arena
 from dualblade.gpu_host_streams import CallingThread, CurrentStreams, HostStream, Schedule
-from dualblade.tensor import describe, dtype_tag, from_bytes, numpy_dtype
+from dualblade.tensor import describe, dtype_tag, from_bytes, numpy_dtype, to_torch
 
 Array = np.ndarray[Any, Any]
 
@@ -104,6 +104,13 @@ class HostDevice:
     def host_bytes_of(self, array: Any) -> Array:
         """The same, as memory that the drive may read into: where `unified` says so."""
         return self.bytes_of(array)
+
+    def to_torch(self, array: Array) -> Any:
+        """An array as a torch tensor on the same memory.
+
+        Raises UnsupportedError if torch has no such dtype, ValueError if the memory is read-only.
+        """
+        return to_torch(array)
 
     # ---- order
 

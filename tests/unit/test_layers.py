@@ -37,7 +37,7 @@ LAYERS = (
     {"safety"},
     {"paths", "memory", "gpu", "header", "writeback"},
     {"cgroups", "gpu_cuda", "gpu_host"},
-    {"gpu_host_streams"},
+    {"gpu_cuda_streams", "gpu_host_streams"},
     {"gpu_arena", "gpu_schedule"},
     {"_core", "tensor", "kernelfile"},
     {"errors"},
