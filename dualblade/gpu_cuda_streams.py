@@ -289,6 +289,7 @@ class CudaStream:
         if not self._is_closed and not self._cuda.is_forked:
             self._cuda.drain([self])
         self._is_closed = True
+        self._stream = None  # with its last reference CuPy destroys it
         count_closed("gpu_streams", self)
 
     def __enter__(self) -> CudaStream:
