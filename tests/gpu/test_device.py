@@ -378,3 +378,29 @@ def test_what_is_elsewhere_is_refused(device):
             if device.kind == "host" or torch.cuda.is_available()
             else device.empty((4, 4), np.uint8)[:, 1]
         )
+
+
+# ---- the drive -----------------------------------------------------------------------------------
+
+
+def test_the_drive_and_the_device_work_in_the_same_staging_memory(device, stream, tmp_path):
+    """Registered with io_uring and pinned by CUDA at once: drive, staging, device, and back."""
+    wanted = random_bytes(4 * MIB)
+    path = tmp_path / "drive"
+    path.write_bytes(bytes(8 * MIB))
+    arena = device.arena(8 * MIB)
+    with dualblade.Device.open(path) as drive:
+        registered = drive.register([arena.array])
+        assert registered in {0, 8 * MIB}
+        drive.write([(0, wanted)]).wait()
+        there = device.empty(4 * MIB, np.uint8)
+        for at in range(0, 4 * MIB, MIB):
+            piece = arena.array[at : at + MIB]
+            drive.read([(at, piece)]).wait()
+            stream.copy_to_device(there[at : at + MIB], piece)
+        stream.copy_to_host(arena.array[4 * MIB :], there)
+        stream.record().wait(60)
+        drive.write([(4 * MIB, arena.array[4 * MIB :])]).wait()
+        drive.unregister([arena.array])
+    arena.close()
+    assert path.read_bytes()[4 * MIB :] == wanted.tobytes()
