@@ -306,7 +306,7 @@ class Worker:
                 ended_at = due
             self._free_at = ended_at
             self._schedule.finished(line, work, ended_at, error)
-            del taken, line, work, error  # an idle thread keeps nothing alive
+            del error  # its traceback would keep alive what the function had, until the next
 
 
 class Schedule:
