@@ -5,6 +5,10 @@ done by the copy engine of its direction, one thread for all lines of a device; 
 by its line's own thread. No thread waits for another operation: whoever finishes one sends the next
 on its way, so that an operation costs one hand-over.
 
+Signal handlers may raise at any bytecode of the main thread. Each step here can be taken again, and
+who waits does so in SimpleQueue.get, which is one call: a Condition or an Event that is interrupted
+amid its own bookkeeping may stay locked.
+
 With a bandwidth, a copy ends when it would on a bus of that speed: each operation has a time at
 which it would have begun and ended, and the threads sleep until then. That a sleep lasts longer
 than it should delays one copy and not those behind it, so that the rate is exact over many.
@@ -17,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from queue import Empty, SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -38,7 +43,7 @@ class HostEvent:
         self.waiters: dict[Line, None] = {}
         """Lines that go on after it."""
         self._is_done = False
-        self._signal: threading.Event | None = None
+        self._sleepers: list[SimpleQueue[None]] = []
 
     @property
     def done(self) -> bool:
@@ -52,26 +57,32 @@ class HostEvent:
         """
         if not self._is_done:
             self.schedule.check_process()
+            sleeper: SimpleQueue[None] = SimpleQueue()
             with self.schedule.lock:
-                if self._signal is None:
-                    self._signal = threading.Event()
-                if self._is_done:
-                    self._signal.set()
+                self._sleepers.append(sleeper)
                 self.schedule.advance_all()  # an interrupt may have cut short who did
-            if not self._signal.wait(timeout):
-                raise TimeoutError(f"the stream had not come to this event after {timeout} seconds")
+            self._sleep(sleeper, timeout)
         if self.error is not None:
             self.schedule.reported(self.error)
             raise self.error
 
-    def finish(self, at: float, error: BaseException | None) -> None:
-        """It is done. With the schedule's lock held; twice does no harm."""
+    def _sleep(self, sleeper: SimpleQueue[None], timeout: float | None) -> None:
         if self._is_done:
             return
-        self.at, self.error = at, error
-        self._is_done = True
-        if self._signal is not None:
-            self._signal.set()
+        try:
+            sleeper.get(timeout=None if timeout is None else max(0.0, timeout))
+        except Empty:
+            raise TimeoutError(
+                f"the stream had not come to this event after {timeout} seconds"
+            ) from None
+
+    def finish(self, at: float, error: BaseException | None) -> None:
+        """It is done. With the schedule's lock held; twice does no harm."""
+        if not self._is_done:
+            self.at, self.error = at, error
+            self._is_done = True
+        for sleeper in self._sleepers:
+            sleeper.put(None)
 
 
 class Line:
@@ -242,7 +253,7 @@ class Worker:
         self._schedule = schedule
         self._name = name
         self._is_over = is_over
-        self._changed = threading.Condition(schedule.lock)
+        self._bell: SimpleQueue[None] = SimpleQueue()
         self._given: dict[Line, float] = {}
         self._thread: threading.Thread | None = None
         self._free_at = 0.0
@@ -254,29 +265,28 @@ class Worker:
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             thread.start()
             self._thread = thread
-        self._changed.notify_all()
+        self._bell.put(None)
 
     def look(self) -> None:
-        """With the lock held: has the thread look whether it is over."""
-        self._changed.notify_all()
+        """Has the thread look whether it is over."""
+        self._bell.put(None)
 
     def join(self) -> None:
         """Returns when the thread has ended, or is wanted again. Not for workers."""
-        with self._changed:
-            thread = self._thread
-            while self._thread is thread and thread is not None and self._is_over():
-                self._changed.wait()
-            if self._thread is not None:
-                return
+        thread = self._thread
         if thread is not None:
-            thread.join()
+            self._schedule.wait_until(lambda: self._thread is not thread or not self._is_over())
+            if self._thread is not thread:
+                thread.join()
 
     def _take(self) -> tuple[Line, Work, float] | None:
         """The next work, when there is some; None when it is over."""
-        with self._changed:
-            if self._thread is None:  # an interrupt came between its start and the note of it
-                self._thread = threading.current_thread()
-            while self._thread is threading.current_thread():
+        while True:
+            with self._schedule.lock:
+                if self._thread is None:  # an interrupt came between its start and the note of it
+                    self._thread = threading.current_thread()
+                if self._thread is not threading.current_thread():
+                    return None
                 while self._given:
                     line = next(iter(self._given))
                     at = self._given.pop(line)
@@ -287,10 +297,9 @@ class Worker:
                         return line, work, at
                 if self._is_over():
                     self._thread = None
-                    self._changed.notify_all()
-                else:
-                    self._changed.wait()
-            return None
+                    self._schedule.wake()
+                    return None
+            self._bell.get()
 
     def _run(self) -> None:
         _this_thread.is_worker = True
@@ -322,7 +331,7 @@ class Schedule:
         self._copy_bytes_per_s = copy_bytes_per_s
         self._before_copy = before_copy
         self._lines: dict[Line, None] = {}
-        self._some_ended = threading.Condition(self.lock)
+        self._sleepers: dict[SimpleQueue[None], None] = {}
         self._pid = os.getpid()
         self._engines = {
             direction: Worker(self, f"dualblade-copy-{direction}", lambda: not self._lines)
@@ -417,13 +426,29 @@ class Schedule:
         self._lines.pop(line, None)
         for worker in (*self._engines.values(), line.worker):
             worker.look()
-        self._some_ended.notify_all()
+        self.wake()
+
+    def wake(self) -> None:
+        """A line or a thread has ended. With the lock held."""
+        for sleeper in self._sleepers:
+            sleeper.put(None)
+
+    def wait_until(self, is_true: Callable[[], bool]) -> None:
+        """Returns when it is; looked at when a line or a thread has ended."""
+        sleeper: SimpleQueue[None] = SimpleQueue()
+        try:
+            with self.lock:
+                self._sleepers[sleeper] = None
+            while not is_true():
+                sleeper.get()
+        finally:
+            with self.lock:
+                self._sleepers.pop(sleeper, None)
 
     def join(self, line: Line) -> None:
         """Returns when the line and its thread have ended, the engines too if it was the last."""
         with self.lock:
             self.advance(line)
-            while not line.has_ended:
-                self._some_ended.wait()
+        self.wait_until(lambda: line.has_ended)
         for worker in (line.worker, *self._engines.values()):
             worker.join()

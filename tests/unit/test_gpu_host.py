@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 import time
 
@@ -395,6 +396,79 @@ def test_a_copy_can_be_made_to_fail():
     assert array[:4].tolist() == [1, 1, 0, 0]
     assert host[:2].tolist() == [0, 0]
     stream.close()
+
+
+# ---- interrupts ----------------------------------------------------------------------------------
+
+
+class Interrupted(BaseException):
+    pass
+
+
+@pytest.fixture
+def interrupt_soon():
+    """A function (seconds): a signal handler raises in this thread then."""
+
+    def handler(*_):
+        raise Interrupted
+
+    before = signal.signal(signal.SIGALRM, handler)
+    yield lambda after: signal.setitimer(signal.ITIMER_REAL, after)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+# The interpreter's own callbacks are interrupted as well, which pytest reports.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interrupts_lose_nothing_that_was_put_into_a_stream(device, interrupt_soon):
+    streams = [device.stream() for _ in range(2)]
+    host, array = np.ones(300, np.uint8), zeros(device, 300)
+    for stream in streams:  # Python's own start of a thread must not be interrupted
+        stream.launch(lambda: None)
+        stream.copy_to_device(array[:1], host[:1])
+        stream.record().wait(60)
+    events, interrupts = [], 0
+    for turn in range(300):
+        try:
+            interrupt_soon(1e-6 * (1 + turn % 60))
+            first, second = streams[turn % 2], streams[1 - turn % 2]
+            first.launch(lambda: None)
+            first.copy_to_device(array[turn : turn + 1], host[turn : turn + 1])
+            copied = first.record()
+            second.wait(copied)
+            event = second.record()
+            events.append((turn, event))
+            event.wait(60)
+            interrupt_soon(0)
+        except Interrupted:
+            interrupts += 1
+    interrupt_soon(0)
+    assert interrupts > 30
+    for turn, event in events:
+        event.wait(60)
+        assert array[turn] == 1
+    for stream in streams:
+        stream.close()
+    assert not ours()
+
+
+# The interpreter's own callbacks are interrupted as well, which pytest reports.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_close_that_was_interrupted_can_be_called_again(device, interrupt_soon):
+    for turn in range(100):
+        stream = device.stream()
+        stream.launch(lambda: None)
+        stream.record().wait(60)
+        try:
+            interrupt_soon(1e-6 * (1 + turn))
+            stream.close()
+            interrupt_soon(0)
+        except Interrupted:
+            pass
+        interrupt_soon(0)
+        stream.close()
+        assert not ours()
+    assert gpu.counters()["gpu_streams"] == 0
 
 
 # ---- the end -------------------------------------------------------------------------------------
