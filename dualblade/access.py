@@ -28,6 +28,7 @@ from dualblade.residency import Residency
 from dualblade.ticket import Ticket
 
 IS_EXCLUSIVE = operator.attrgetter("is_exclusive")
+IS_USED = operator.attrgetter("users")
 
 
 def is_written(entry: Entry) -> bool:
@@ -334,9 +335,11 @@ class EntryAccess:
 
         return _core.Bracket(begin, partial(self._end_inside, operation))
 
-    def _idle(self, group: str, entries: Sequence[Entry]) -> _core.Bracket:
+    def _idle(
+        self, group: str, entries: Sequence[Entry], in_use: Callable[[Entry], object]
+    ) -> _core.Bracket:
         """All entries of a group, exclusively, as the operation that holds them; or None if they
-        are not all, or somebody uses one."""
+        are not all, or one is `in_use`. Who uses one without being that goes on."""
         operation = Operation(is_exclusive=True)
 
         def begin() -> Operation | None:
@@ -348,7 +351,7 @@ class EntryAccess:
                     bound is None
                     or bound.tensors != len(entries)
                     or any(
-                        entry.users or entry.is_dead or entry.group != group for entry in entries
+                        in_use(entry) or entry.is_dead or entry.group != group for entry in entries
                     )
                     or self._puts_of([entry.key for entry in entries])
                 ):

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dualblade.access import Operation, inside, refuse_views
+from dualblade.access import IS_USED, Operation, inside, is_written, refuse_views
 from dualblade.entry import Entry, footprint_of
 from dualblade.errors import DeviceError, KeyNotFoundError, LiveViewError
 from dualblade.index import collector_paused
@@ -269,13 +269,19 @@ class Rebinding(EntryTransfer):
         return Survey(candidates, members)
 
     def _move_if_idle(self, group: str, path: PathName, entries: Sequence[Entry]) -> bool:
-        """Moves a group if nobody uses it at this moment, and there is room; whether it did."""
+        """Moves a group if nobody uses it at this moment, and there is room; whether it did.
+
+        Readers do not keep a group from the page cache: what they read past it stays true. A
+        decoder always has its next direct layers under way.
+        """
+        in_use = is_written
         if path == "direct":
+            in_use = IS_USED
             pagecache = self._paths["pagecache"]
             assert isinstance(pagecache, PageCachePath)
             for entry in entries:
                 pagecache.write_back(entry.offset, entry.stored)
-        with self._idle(group, entries) as operation:
+        with self._idle(group, entries, in_use) as operation:
             if operation is None:
                 return False
             try:

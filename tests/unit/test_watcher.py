@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -76,6 +77,20 @@ def test_groups_leave_when_memory_goes_and_return_with_it(
     memory.free_bytes = 100 * MIB
     until(lambda: len(cached(store)) == 8, "the groups stay away")
     until(lambda: residency(store)["moves_to_pagecache"] == 4, "the moves are not counted")
+
+
+def test_a_group_that_is_being_read_comes_back(
+    store: dualblade.TensorStore, memory: Memory
+) -> None:
+    """A decoder always reads ahead the next layers on the direct path."""
+    memory.free_bytes = 16 * MIB
+    until(lambda: cached(store) == [], "some stay")
+    reads = [store._shared(f"k{i}") for i in range(8)]
+    with contextlib.ExitStack() as reading:
+        for read in reads:
+            reading.enter_context(read)
+        memory.free_bytes = 100 * MIB
+        until(lambda: len(cached(store)) == 8, "readers keep groups away")
 
 
 def test_the_budget_reaches_nothing(store: dualblade.TensorStore, memory: Memory) -> None:
