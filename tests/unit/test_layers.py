@@ -20,18 +20,22 @@ LAYERS = (
     {"cli", "integrations"},
     {"__init__"},
     {"kvcache", "opening"},
-    {"readahead"},  # this and the next three lines are KVCache's parts
+    {"readahead"},  # this and the next four lines are KVCache's parts
+    {"kvdevice"},
     {"write_behind"},
     {"kvlayer"},
     {"buffer_pool"},
     {"store"},
     {"saving"},  # this and the next five lines are the store's parts
     {"watcher"},
-    {"rebinding", "views"},
+    {"rebinding", "views", "parts"},
     {"transfer"},
     {"access"},
     {"index"},
-    {"residency", "catalog", "governor", "sharing", "pipeline", "ticket"},
+    {"pipeline"},  # this and the next two lines are the pipeline's parts
+    {"lanes"},
+    {"staging"},
+    {"residency", "catalog", "governor", "sharing", "tuning", "ticket"},
     {"doubts"},
     {"entry"},
     {"safety"},
