@@ -418,6 +418,19 @@ class EntryAccess:
             self._changed.notify_all()
 
 
+def check_name(name: Any) -> str:
+    """A key or the name of a group, as a plain str: what a subclass shows is not what it is."""
+    if type(name) is str and name.isascii():
+        return name
+    if not isinstance(name, str):
+        raise TypeError(f"a key or group is a str, not {type(name).__name__}: {name!r}")
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"the key or group {name!r} is not valid Unicode") from None
+    return str.__str__(name)
+
+
 def refuse_views(entries: Iterable[Entry]) -> None:
     """Raises LiveViewError if an entry has views."""
     for entry in entries:

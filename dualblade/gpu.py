@@ -93,6 +93,9 @@ class Device(Protocol):
     def bytes_of(self, array: Any) -> Any:
         """The memory of an array of this device as uint8 [nbytes]."""
 
+    def array_over(self, memory: Any, shape: tuple[int, ...], dtype: str) -> Any:
+        """An array of this shape and dtype tag over uint8 [nbytes] of the device's memory."""
+
     def host_bytes_of(self, array: Any) -> Any:
         """The same as a numpy array, where `unified`."""
 

@@ -198,6 +198,13 @@ class CudaDevice:
             return self._of_torch(array, (size,), np.dtype(np.uint8))
         return self.as_array(array).reshape(-1).view(np.uint8)
 
+    def array_over(self, memory: Any, shape: tuple[int, ...], dtype: str) -> Any:
+        """An array of this shape and dtype tag over uint8 [nbytes] of this GPU's memory.
+
+        Raises UnsupportedError for a dtype that CuPy lacks.
+        """
+        return self._ndarray(shape, numpy_dtype(dtype), memory.data)
+
     def host_bytes_of(self, array: Any) -> np.ndarray[Any, Any]:
         """The same as a numpy array, that the drive may read into, where `unified`.
 

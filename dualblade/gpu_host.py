@@ -112,6 +112,10 @@ class HostDevice:
         """
         return to_torch(array)
 
+    def array_over(self, memory: Array, shape: tuple[int, ...], dtype: str) -> Array:
+        """An array of this shape and dtype tag over uint8 [nbytes] of the device's memory."""
+        return from_bytes(memory, shape, dtype)
+
     # ---- order
 
     def stream(self) -> HostStream:

@@ -2,7 +2,8 @@
 
 How threads keep out of each other's way is in access.py, how bytes move in transfer.py, how groups
 change their path in rebinding.py and watcher.py, how a store is saved in saving.py, what is known
-of a tensor in entry.py and index.py; here is what callers ask for.
+of a tensor in entry.py and index.py, what pipelines ask for in parts.py; here is what callers ask
+for.
 """
 
 from __future__ import annotations
@@ -16,11 +17,19 @@ from functools import partial
 from typing import Any
 
 from dualblade import _core, tensor
-from dualblade.access import IS_EXCLUSIVE, Operation, inside, is_written, rows_of
+from dualblade.access import (
+    IS_EXCLUSIVE,
+    Operation,
+    check_name,
+    inside,
+    is_written,
+    rows_of,
+)
 from dualblade.catalog import Catalog
 from dualblade.entry import Entry, Layout, ReadPlan, TensorInfo, footprint_of, growth_of, layout_of
 from dualblade.errors import CorruptionError, DeviceError, KeyNotFoundError, UnsupportedError
 from dualblade.index import Index
+from dualblade.parts import Parts
 from dualblade.residency import PathName, Residency
 from dualblade.saving import Saving
 from dualblade.ticket import Ticket
@@ -30,7 +39,7 @@ from dualblade.views import Views
 IS_FULL = operator.attrgetter("is_full")
 
 
-class TensorStore(Saving, Views):
+class TensorStore(Saving, Views, Parts):
     """Tensors on one file or block device, or striped over several. Made by `dualblade.open`; safe
     for many threads.
 
@@ -122,7 +131,7 @@ class TensorStore(Saving, Views):
         self, tensors: Mapping[str, tuple[Sequence[int], Any]], *, group: str | None = None
     ) -> None:
         """Reserves several tensors, `{key: (shape, dtype)}`, side by side in one run."""
-        name = None if group is None else _check_name(group)
+        name = None if group is None else check_name(group)
         entries = [
             self._reservation(key, shape, dtype, name) for key, (shape, dtype) in tensors.items()
         ]
@@ -465,8 +474,8 @@ class TensorStore(Saving, Views):
     def _start_put(self, arrays: Mapping[str, Any], group: str | None) -> Ticket:
         if not isinstance(arrays, Mapping):
             raise TypeError(f"put_many takes a dict of arrays by key, not {type(arrays).__name__}")
-        tensors = {_check_name(key): tensor.memory_of(array) for key, array in arrays.items()}
-        name = None if group is None else _check_name(group)
+        tensors = {check_name(key): tensor.memory_of(array) for key, array in arrays.items()}
+        name = None if group is None else check_name(group)
         operation = Operation()
         memory = [memory for memory, _, _ in tensors.values()]
         completions: list[_core.Completion] = []
@@ -577,7 +586,7 @@ class TensorStore(Saving, Views):
                 f"shape={shape!r} of {key!r}: a reserved tensor has at least one axis, along which "
                 f"it grows, and no negative length"
             )
-        name = _check_name(key)
+        name = check_name(key)
         layout = self._layout(dimensions, tensor.dtype_tag(dtype))
         return Entry(name, layout, name if group is None else group, 0)
 
@@ -682,19 +691,6 @@ class TensorStore(Saving, Views):
             alive = [copy for entry, copy in pairs if not entry.is_dead]
             operation.created, operation.is_written = alive, True
             self._change(operation)
-
-
-def _check_name(name: Any) -> str:
-    """A key or the name of a group, as a plain str: what a subclass shows is not what it is."""
-    if type(name) is str and name.isascii():
-        return name
-    if not isinstance(name, str):
-        raise TypeError(f"a key or group is a str, not {type(name).__name__}: {name!r}")
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"the key or group {name!r} is not valid Unicode") from None
-    return str.__str__(name)
 
 
 def _row_count(rows: Any) -> int:
