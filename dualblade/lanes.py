@@ -178,6 +178,7 @@ class Lane(ABC):
         self._current: Any = None
         self._thread: threading.Thread | None = None
         self._is_closing = False
+        self._is_idle = True
         self._since = 0.0
         """When a chunk came last, or work began."""
 
@@ -203,6 +204,11 @@ class Lane(ABC):
         """Whether a job has ended within the time."""
         with self.changed:
             return self.changed.wait_for(lambda: job.is_ended, timeout)
+
+    def settle(self) -> None:
+        """Returns when nothing is under way."""
+        with self.changed:
+            self.changed.wait_for(lambda: self._is_closing or (self._is_idle and not self._jobs))
 
     def cancel(self, job: Job) -> None:
         """Has no more chunks of it begun. It ends when those that are under way have."""
@@ -265,8 +271,10 @@ class Lane(ABC):
             while not (self._jobs or self._current or self._chunks()):
                 if self._is_closing:
                     return False
-                is_idle = True
+                is_idle = self._is_idle = True
+                self.changed.notify_all()
                 self.changed.wait()
+            self._is_idle = False
             if is_idle or not self._since:
                 self._since = time.monotonic()
             return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import warnings
@@ -126,8 +127,8 @@ class Pipeline:
     ) -> Iterator[list[Any]]:
         ahead = _Ahead(self, self._source, groups, outs)
         try:
-            while (fetch := ahead.next()) is not None:
-                yield self.take(fetch, ahead.stream)
+            while (arrays := ahead.next()) is not None:
+                yield arrays
                 ahead.is_used()
         finally:
             ahead.close()
@@ -152,17 +153,23 @@ class Pipeline:
         return list(fetch.arrays)
 
     def give_back(self, fetch: Fetch, events: Sequence[Any]) -> None:
-        """The arrays of a group are not used any more after these events. Waits for what is under
-        way of a group that nobody has taken."""
-        if fetch.is_begun and not fetch.is_ended:
-            lane = self._lanes[fetch.lane]
-            lane.cancel(fetch)
-            lane.wait(fetch)
+        """The arrays of a group, which were taken, are not used any more after these events."""
         memory, fetch.memory = fetch.memory, None
         if memory is not None:
-            copied = [] if fetch.event is None else [fetch.event]
-            self._buffers.take_back(memory, [*copied, *events])
+            self._buffers.take_back(memory, list(events))
         fetch.arrays, fetch.targets = [], []
+
+    def cancel(self, fetch: Fetch) -> None:
+        """Nobody wants a group that nobody has taken. Returns when nothing of it is under way."""
+        if os.getpid() != self._pid or not fetch.is_begun:
+            return
+        lane = self._lanes[fetch.lane]
+        lane.cancel(fetch)
+        lane.wait(fetch)
+        if fetch.event is not None:
+            with contextlib.suppress(Exception):  # nobody asks any more how it went
+                fetch.event.wait()
+        self.give_back(fetch, [])
 
     def ahead_bytes(self, lane: str) -> int:
         """At least so much of small groups is under way."""
@@ -202,6 +209,11 @@ class Pipeline:
         return self.device.host_bytes_of(memory) if self._in_place else memory
 
     # ---- the whole ----------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Returns when nothing is under way, and all staging was given back."""
+        for lane in self._lanes.values():
+            lane.settle()
 
     def stats(self) -> dict[str, Any]:
         """What is chosen and why, and what was moved.
@@ -292,13 +304,14 @@ class _Ahead:
         """In their order, begun or not."""
         self._has_more = True
         self._current: Fetch | None = None
+        self._is_taken = False
         self.stream: Any = None
         """The caller's, in whose order the current group is used."""
         self._used: list[Any] = []
         """The event after what the caller had enqueued when it asked for the current group."""
 
-    def next(self) -> Fetch | None:
-        """The next group, under way; None after the last."""
+    def next(self) -> list[Any] | None:
+        """The arrays of the next group, ordered in `stream`; None after the last."""
         self.stream = self._pipe.device.current_stream()
         if self._outs is not None and not self._used:
             self._used = [self.stream.record()]
@@ -307,28 +320,30 @@ class _Ahead:
             return None
         self._current = self._known[0]
         self._known.popleft()
+        arrays = self._pipe.take(self._current, self.stream)
+        self._is_taken = True
         self._fill()  # while the caller uses this one, the next are under way
-        return self._current
+        return arrays
 
     def is_used(self) -> None:
         """The caller has enqueued all that uses the current group."""
-        fetch, self._current = self._current, None
-        if fetch is not None:
-            self._used = [self.stream.record()]
-            self._pipe.give_back(fetch, self._used)
+        fetch, self._current, self._is_taken = self._current, None, False
+        self._used = [self.stream.record()]
+        self._pipe.give_back(fetch, self._used)
 
     def close(self) -> None:
         """Ends what is under way."""
-        if self._current is not None and self._current.is_ended:
+        if self._is_taken:
             self.is_used()
         known, self._known = [self._current, *self._known], deque()
+        self._current = None
         self._has_more = False
         for fetch in known:
             if fetch is not None:
-                fetch.is_cancelled = fetch.is_cut = True
+                fetch.is_cancelled = fetch.is_cut = True  # all at once, then each is waited for
         for fetch in known:
             if fetch is not None:
-                self._pipe.give_back(fetch, [])
+                self._pipe.cancel(fetch)
 
     def _fill(self) -> None:
         """Begins what should be under way."""

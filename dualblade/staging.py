@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from typing import Any
@@ -91,7 +92,7 @@ class Buffers:
             if fitting:
                 found = min(fitting, key=_size)
                 self._idle = [each for each in self._idle if each is not found]
-                return found
+                return found[0], [event for event in found[1] if not event.done]
             # Too small for what is wanted now: it would only lie there.
             self._idle = [each for each in self._idle if not all(e.done for e in each[1])]
             self.allocated += 1
@@ -110,7 +111,8 @@ class Buffers:
             idle, self._idle = self._idle, []
         for _, events in idle:
             for event in events:
-                event.wait()
+                with contextlib.suppress(Exception):  # whose error it is hears of it there
+                    event.wait()
 
 
 def _size(lendable: tuple[Any, list[Any]]) -> int:
