@@ -1,0 +1,508 @@
+"""Measures how far a pipeline hides storage, copies and kernels behind each other."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import engine
+import lockstep
+import machine
+import numpy as np
+import report
+from policies import SHAPES
+
+import dualblade
+from dualblade.gpu import HostDevice, open_device
+from dualblade.memory import format_size, parse_size
+from dualblade.pipeline import Pipeline
+
+DESCRIPTION = """\
+The keys and values of a model, layer by layer, from a store to a device, and a kernel on each:
+storage alone, copies alone, kernels alone, and all of it together, as a pipeline does. Efficiency
+is the longest of the three alone over together: 1 is all hidden. For several parts of the layers in
+the page cache, with the pipeline choosing chunk size, depth and mode, and with fixed ones.
+"""
+EXAMPLES = """\
+examples:
+  python bench/overlap.py                        1 GiB on a new file here, the host in a GPU's place
+  python bench/overlap.py --device cuda --file /mnt/nvme/kv.img --json overlap.json
+  python bench/overlap.py --ratios 0.5 --fixed 1MiBx8,4MiBx4 --rounds 9
+  python bench/overlap.py --check                exits 1 where a target is missed
+  python bench/overlap.py --quick                does it run? Its figures mean little
+
+On the host copies go by a thread at a set bandwidth, and a kernel takes a set time and no
+processor: --copy and --compute say how long they take, as parts of the storage's time. On a GPU
+copies take what they take, and a kernel is the attention of one new token, as often as it takes.
+"""
+RATIOS = "0.3,0.5,0.7"
+"""Bytes in the page cache to bytes on the drive: the paper's DRAM:SSD."""
+FIXED = "1MiBx4,1MiBx16,2MiBx8,4MiBx4,8MiBx2"
+EFFICIENCY_MIN = 0.95
+ADAPTIVE_MIN = 0.97
+SETTLE_STEPS_MAX = 400
+COPY_BYTES = 32 << 20
+COPY_CHUNK_BYTES = 4 << 20
+ALONE = ("storage", "copy", "compute")
+
+
+# ---- what runs on the device ---------------------------------------------------------------------
+
+
+class Timed:
+    """Kernels of a set duration, on a stream of the host's: they take no processor."""
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+        self.stream = device.stream()
+        self.seconds = 0.0
+        """Each."""
+        self._free_at = 0.0
+
+    def calibrate(self, arrays: Sequence[Any], seconds: float) -> None:  # noqa: ARG002
+        """Has a kernel take so long."""
+        self.seconds = seconds
+
+    def launch(self, arrays: Sequence[Any]) -> None:  # noqa: ARG002
+        """Puts one into the stream."""
+        self.stream.launch(self._run)
+
+    def _run(self) -> None:
+        # What a sleep takes too long is made up for by the next.
+        begin = max(self._free_at, time.perf_counter() - 1e-3)
+        self._free_at = begin + self.seconds
+        left = self._free_at - time.perf_counter()
+        if left > 0:
+            time.sleep(left)
+
+
+class Attention:
+    """Real kernels: one new token's attention over all keys and values of a layer."""
+
+    def __init__(self, device: Any) -> None:
+        import cupy
+
+        self.device = device
+        self.cupy = cupy
+        self.stream = device.stream()
+        self.repeats = 1
+        self.out: Any = None
+
+    def calibrate(self, arrays: Sequence[Any], seconds: float) -> None:
+        """Has a kernel take about so long, by repeating it."""
+        self.repeats = 1
+        self._timed(arrays)  # compiles
+        once = min(self._timed(arrays) for _ in range(3))
+        self.repeats = max(1, round(seconds / once))
+
+    def _timed(self, arrays: Sequence[Any]) -> float:
+        with self.stream:
+            begin = time.perf_counter()
+            self.launch(arrays)
+            self.stream.record().wait()
+            return time.perf_counter() - begin
+
+    def launch(self, arrays: Sequence[Any]) -> None:
+        """Puts one into the stream, which is the current one."""
+        keys, values = arrays
+        query = keys[-1]
+        for _ in range(self.repeats):
+            self.out = attention(self.cupy, query, keys, values)
+
+
+def attention(xp: Any, query: Any, keys: Any, values: Any) -> Any:
+    """[batch, heads, dim] of one query over [tokens, batch, heads, dim]. `xp` is numpy or CuPy."""
+    scores = (keys * query).sum(-1, dtype=np.float32) / np.sqrt(query.shape[-1])
+    weights = xp.exp(scores - scores.max(0))
+    weights = (weights / weights.sum(0)).astype(values.dtype)
+    return (values * weights[..., None]).sum(0, dtype=np.float32)
+
+
+class StorageOnly(HostDevice):
+    """The host, with staging but without the copies out of it."""
+
+    def __init__(self) -> None:
+        super().__init__(copy_bytes_per_s=1e15)
+
+    def stream(self) -> Any:
+        """A stream that copies nothing."""
+        stream = super().stream()
+        stream.copy_to_device = lambda dst, src: None  # noqa: ARG005
+        return stream
+
+
+# ---- a model's keys and values -------------------------------------------------------------------
+
+
+class Model:
+    """What a store has of a model, layer by layer."""
+
+    def __init__(self, store: dualblade.TensorStore, options: argparse.Namespace) -> None:
+        shape = SHAPES[options.shape]
+        tokens = max(1, options.kv // (2 * options.layers * shape.row_bytes))
+        self.store = store
+        self.groups = [[f"{layer}/k", f"{layer}/v"] for layer in range(options.layers)]
+        self.nbytes = 2 * options.layers * tokens * shape.row_bytes
+        rng = np.random.default_rng(0)
+        for layer, keys in enumerate(self.groups):
+            report.progress(f"storing layer {layer + 1} of {options.layers}")
+            each = (tokens, shape.batch, shape.kv_heads, shape.head_dim)
+            arrays = {key: rng.random(each, np.float32).astype(np.float16) for key in keys}
+            store.put_many(arrays, group=str(layer))
+
+    def set_ratio(self, ratio: float) -> int:
+        """Has so many bytes page-cached for each on the drive, the layers spread evenly, and read
+        once. How many layers that are."""
+        count = len(self.groups)
+        cached = round(count * ratio / (1 + ratio))
+        for layer, keys in enumerate(self.groups):
+            is_cached = (layer + 1) * cached // count > layer * cached // count
+            self.store.set_path(str(layer), "pagecache" if is_cached else "direct")
+            self.store.get_many(keys)
+        return cached
+
+
+def through(model: Model, pipe: Pipeline, kernel: Any = None) -> float:
+    """Seconds for all layers by a pipeline, with a kernel on each."""
+    begin = time.perf_counter()
+    if kernel is None:
+        stream = pipe.device.current_stream()
+        for _ in pipe.stream(model.groups):
+            pass
+    else:
+        stream = kernel.stream
+        with stream:
+            for arrays in pipe.stream(model.groups):
+                kernel.launch(arrays)
+    stream.record().wait()
+    return time.perf_counter() - begin
+
+
+class Alone:
+    """Each of the three by itself, for all layers."""
+
+    def __init__(self, model: Model, pipe: Pipeline, device: Any, kernel: Any) -> None:
+        self.model = model
+        self.kernel = kernel
+        self.pipe = pipe
+        self.stream = device.stream()
+        self.arena = device.arena(COPY_BYTES)
+        self.target = device.bytes_of(device.empty(COPY_BYTES, "uint8", stream=self.stream))
+        # As the pipeline's arrays: kernels on them are timed.
+        self.layer = [self._of_layer(device, key) for key in model.groups[0]]
+
+    def _of_layer(self, device: Any, key: str) -> Any:
+        content = self.model.store.get(key)
+        array = device.empty(content.shape, content.dtype, stream=self.stream)
+        self.stream.copy_to_device(device.bytes_of(array), content.reshape(-1).view(np.uint8))
+        self.stream.record().wait()
+        return array
+
+    def storage(self) -> float:
+        """Seconds of reading into staging memory."""
+        return through(self.model, self.pipe)
+
+    def copy(self) -> float:
+        """Seconds of copying as many bytes out of staging memory."""
+        left = self.model.nbytes
+        begin = time.perf_counter()
+        while left:
+            for start in range(0, min(left, COPY_BYTES), COPY_CHUNK_BYTES):
+                size = min(left, COPY_CHUNK_BYTES)
+                part = slice(start, start + size)
+                self.stream.copy_to_device(self.target[part], self.arena.array[part])
+                left -= size
+        self.stream.record().wait()
+        return time.perf_counter() - begin
+
+    def compute(self) -> float:
+        """Seconds of a kernel for each layer."""
+        begin = time.perf_counter()
+        with self.kernel.stream:
+            for _ in self.model.groups:
+                self.kernel.launch(self.layer)
+        self.kernel.stream.record().wait()
+        return time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Lets go of what it has."""
+        self.stream.close()
+        self.arena.close()
+
+
+def measure(model: Model, options: argparse.Namespace, ratio: float) -> dict[str, Any]:
+    """All about one part of the layers in the page cache."""
+    report.progress(f"DRAM:SSD {ratio}: how fast is the storage?")
+    cached = model.set_ratio(ratio)
+    with contextlib.ExitStack() as stack:
+        storage = stack.enter_context(model.store.pipeline(StorageOnly(), staging=options.staging))
+        settle(model, storage, None, options)
+        storage_s = statistics.median(through(model, storage) for _ in range(3))
+        if options.device == "cpu":
+            device = HostDevice(copy_bytes_per_s=model.nbytes / (storage_s * options.copy))
+            kernel: Any = Timed(device)
+        else:
+            device = open_device(options.device)
+            kernel = Attention(device)
+        stack.callback(kernel.stream.close)
+        alone = Alone(model, storage, device, kernel)
+        stack.callback(alone.close)
+        kernel.calibrate(alone.layer, storage_s * options.compute / len(model.groups))
+        pipes = {
+            "adaptive": stack.enter_context(model.store.pipeline(device, staging=options.staging))
+        }
+        for name, given in options.fixed.items():
+            pipes[name] = stack.enter_context(
+                model.store.pipeline(device, staging=options.staging, **given)
+            )
+        settled = settle(model, pipes["adaptive"], kernel, options)
+        runs = [one_round(model, pipes, kernel, alone, options, ratio, n)
+                for n in range(options.rounds)]  # fmt: skip
+        found = {
+            "ratio": ratio,
+            "cached_layers": cached,
+            "device": device.describe(),
+            "settled": settled,
+            **summary(runs, model.nbytes),
+            "stats": pipes["adaptive"].stats(),
+            "runs": runs,
+        }
+    report.progress("")
+    return found
+
+
+def settle(
+    model: Model, pipe: Pipeline, kernel: Any, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Steps until the pipeline has chosen, and what they took."""
+    begin = time.perf_counter()
+    times = []
+    for number in range(options.settle):
+        stats = pipe.stats()
+        lanes = [
+            stats[lane] for lane in ("direct", "pagecache") if number == 0 or stats[lane]["bytes"]
+        ]
+        if number and all(lane["settled"] for lane in lanes):
+            break
+        report.progress(f"step {number + 1} of choosing")
+        times.append(through(model, pipe, kernel))
+    return {
+        "steps": len(times),
+        "seconds": time.perf_counter() - begin,
+        "step_s": report.spread(times),
+    }
+
+
+def one_round(
+    model: Model,
+    pipes: dict[str, Pipeline],
+    kernel: Any,
+    alone: Alone,
+    options: argparse.Namespace,
+    ratio: float,
+    number: int,
+) -> dict[str, float]:
+    """Seconds of everything, once each, in another order each time."""
+    report.progress(f"DRAM:SSD {ratio}: round {number + 1} of {options.rounds}")
+    todo: list[tuple[str, Callable[[], float]]] = [(name, getattr(alone, name)) for name in ALONE]
+    todo += [(name, partial(through, model, pipe, kernel)) for name, pipe in pipes.items()]
+    random.Random(number).shuffle(todo)
+    return {name: run() for name, run in todo}
+
+
+def summary(runs: Sequence[dict[str, float]], nbytes: int) -> dict[str, Any]:
+    """Figures over the rounds; ratios are taken round by round."""
+    names = [name for name in runs[0] if name not in ALONE]
+    # What storage, copies and kernels take alone does not change from round to round; what the
+    # machine does beside does.
+    longest = [max(run[name] for name in ALONE) for run in runs]
+    efficiency = {
+        name: report.spread([most / run[name] for most, run in zip(longest, runs, strict=True)])
+        for name in names
+    }
+    fixed = [name for name in names if name != "adaptive"]
+    to_fixed = {
+        name: report.spread([run[name] / run["adaptive"] for run in runs]) for name in fixed
+    }
+    return {
+        "nbytes": nbytes,
+        "seconds": {name: report.spread([run[name] for run in runs]) for name in runs[0]},
+        "efficiency": efficiency,
+        "adaptive_to_fixed": to_fixed,
+    }
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; exits with one line if they make no sense."""
+    parser = report.parser("bench/overlap.py", DESCRIPTION, EXAMPLES)
+    parser.add_argument("--device", default="cpu", help='"cpu", the stand-in, or "cuda"')
+    parser.add_argument(
+        "--file", default="dualblade-bench.img", help="a new file, or with --overwrite any"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="the file's content may go")
+    parser.add_argument("--kv", type=parse_size, help="keys and values of all layers (1GiB)")
+    parser.add_argument("--layers", type=report.positive, help="of the model (32)")
+    parser.add_argument("--shape", default="llama", choices=list(SHAPES), help="of the model")
+    parser.add_argument("--ratios", help="bytes page-cached to bytes not (0.3,0.5,0.7)")
+    parser.add_argument("--fixed", help=f"chunk size x depth, to compare with ({FIXED})")
+    parser.add_argument("--staging", default="64MiB", type=parse_size, help="of each pipeline")
+    parser.add_argument("--copy", type=float, default=0.8, help="of the storage's time (0.8)")
+    parser.add_argument("--compute", type=float, default=0.8, help="of the storage's time (0.8)")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
+    report.add_options(parser, rounds=7)
+    options = parser.parse_args(arguments)
+    quick = options.quick
+    options.kv = options.kv or (48 << 20 if quick else 1 << 30)
+    options.layers = options.layers or (6 if quick else 32)
+    options.rounds = 1 if quick else options.rounds
+    options.settle = 2 if quick else SETTLE_STEPS_MAX
+    options.size = options.kv * 5 // 4 + (64 << 20)
+    try:
+        text = options.ratios or ("0.5" if quick else RATIOS)
+        options.ratios = [float(word) for word in text.split(",")]
+        fixed = options.fixed or ("1MiBx4" if quick else FIXED)
+        options.fixed = dict(fixed_of(word) for word in fixed.split(","))
+    except ValueError as error:
+        parser.error(str(error))
+    if options.plot and (problem := report.plot_error()):
+        parser.error(problem)
+    return options
+
+
+def fixed_of(word: str) -> tuple[str, dict[str, int]]:
+    """A pipeline's options from "4MiBx8"."""
+    chunk, _, depth = word.partition("x")
+    return word, {"chunk_bytes": parse_size(chunk), "depth": int(depth)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    options = parse(arguments)
+    with engine.target(options) as path, tempfile.TemporaryDirectory() as state:
+        os.environ["DUALBLADE_STATE_DIR"] = state  # where a store on a device keeps its index
+        where = machine.describe(path)
+        # The layers' paths are set, whatever memory is free.
+        with dualblade.open(path, format=True, memory=options.size, live=False) as store:
+            model = Model(store, options)
+            rows = [measure(model, options, ratio) for ratio in options.ratios]
+        lockstep.forget_catalog(path)
+    found = targets(rows)
+    document = {
+        "benchmark": "overlap",
+        "dualblade": dualblade.__version__,
+        "machine": where,
+        "device": options.device,
+        "kv_bytes": options.kv,
+        "layers": options.layers,
+        "shape": options.shape,
+        "rounds": options.rounds,
+        "rows": rows,
+        "targets": found,
+    }
+    print(render(document, machine.summary(where)))
+    report.write_json(options.json, document)
+    if options.plot:
+        draw(options.plot, machine.summary(where), rows)
+    return int(options.check and not all(target["holds"] for target in found))
+
+
+def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What was promised, and whether it holds here."""
+    found = []
+    for row in rows:
+        alone = [row["seconds"][name]["median"] for name in ALONE]
+        where = f"DRAM:SSD {row['ratio']:g}"
+        if max(alone) <= 2 * min(alone):
+            best = row["efficiency"]["adaptive"]["median"]
+            found.append(target(where, "efficiency, adaptive", best, EFFICIENCY_MIN))
+        least = min(figures["median"] for figures in row["adaptive_to_fixed"].values())
+        found.append(target(where, "adaptive over the best fixed", least, ADAPTIVE_MIN))
+    return found
+
+
+def target(where: str, what: str, value: float, least: float) -> dict[str, Any]:
+    """A figure with a lower bound."""
+    return {"where": where, "what": what, "value": value, "at_least": least,
+            "holds": value >= least}  # fmt: skip
+
+
+def render(document: dict[str, Any], head: str) -> str:
+    """Everything as text."""
+    on = "the host in a GPU's place: copies at a set bandwidth, kernels of a set time"
+    lines = [
+        head,
+        f"KV {format_size(document['kv_bytes'])} in {document['layers']} layers of "
+        f"{document['shape']}, medians of {document['rounds']} round(s); device "
+        f"{on if document['device'] == 'cpu' else document['rows'][0]['device']['model']}",
+    ]
+    for row in document["rows"]:
+        lines += ["", title(row)]
+        cells = []
+        for name, figures in row["seconds"].items():
+            rates = report.spread([row["nbytes"] / 1e6 / each for each in figures["values"]])
+            cells.append([
+                f"{name} alone" if name in ALONE else name,
+                report.shown(report.spread([each * 1e3 for each in figures["values"]]), 0),
+                report.shown(rates, 0),
+                report.shown(row["efficiency"].get(name), 3),
+                report.shown(row["adaptive_to_fixed"].get(name), 3),
+                "",
+            ])  # fmt: skip
+        heads = ["", "ms/step", "MB/s", "efficiency", "adaptive is faster", ""]
+        lines.append(report.table(heads, cells))
+        for lane in ("direct", "pagecache"):
+            if row["stats"][lane]["bytes"]:
+                lines.append(f"{lane}: {chosen(row['stats'][lane])}")
+    lines.append("")
+    for each in document["targets"]:
+        verdict = "holds " if each["holds"] else "MISSED"
+        words = f"{each['what']} {each['value']:.3f}, >= {each['at_least']:g}"
+        lines.append(f"{verdict} {each['where']}: {words}")
+    return "\n".join(lines)
+
+
+def title(row: dict[str, Any]) -> str:
+    """The head of a table."""
+    settled = row["settled"]
+    return (
+        f"DRAM:SSD {row['ratio']:g}: {row['cached_layers']} layers in the page cache; chosen after "
+        f"{settled['steps']} steps, {settled['seconds']:.1f} s"
+    )
+
+
+def chosen(lane: dict[str, Any]) -> str:
+    """What a lane came to use, and why."""
+    if "chunk_bytes" not in lane:
+        return f"{lane['mode']}: {lane['why']}"
+    size = format_size(lane["chunk_bytes"])
+    return f"{lane['depth']} x {size}, {lane['mode']}: {lane['why']}"
+
+
+def draw(path: str, text: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Times alone and together, and efficiency."""
+    times = report.Panel("All layers", "ms")
+    efficiency = report.Panel("Longest alone over together", "efficiency")
+    for row in rows:
+        group = f"DRAM:SSD {row['ratio']:g}"
+        for name, figures in row["seconds"].items():
+            label = f"{name} alone" if name in ALONE else name
+            times.add(group, label, report.spread([each * 1e3 for each in figures["values"]]))
+        for name, figures in row["efficiency"].items():
+            efficiency.add(group, name, figures)
+    report.plot(path, text, [times, efficiency])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
