@@ -15,6 +15,7 @@ import numpy as np
 from dualblade import tensor
 from dualblade.buffer_pool import BufferPool
 from dualblade.errors import ClosedError, DualbladeError
+from dualblade.kvdevice import OnDevice, device_of
 from dualblade.kvlayer import Layer, Snapshot, reordered
 from dualblade.readahead import ReadAhead
 from dualblade.write_behind import WriteBehind
@@ -100,6 +101,7 @@ class KVCache:
         self._generation = 0
         self._behind = WriteBehind(store)
         self._ahead = ReadAhead(store, self._pool, self._behind, self._layers, lookahead)
+        self._devices: dict[Any, OnDevice] = {}
         self._counts: Counter[str] = Counter()
         try:
             for _ in range(_count("layers", layers, least=0)):
@@ -214,8 +216,9 @@ class KVCache:
         """Adds tokens to a layer: both of them, or neither if something goes wrong.
 
         k is [tokens, batch, kv_heads, head_dim], v [tokens, batch, kv_heads, value_dim]; numpy
-        arrays or torch tensors in host memory, with any strides. Raises ValueError if a shape,
-        TypeError if a dtype is another.
+        arrays or torch tensors in host memory, with any strides, or contiguous ones on a GPU: these
+        are read after what is in the caller's stream. Raises ValueError if a shape, TypeError if a
+        dtype is another.
 
         The arrays are copied, and written while the caller goes on (those of more than 16 MiB
         before this returns). What could not be written is kept: the next append() to this layer, or
@@ -224,7 +227,10 @@ class KVCache:
         """
         with self._opened():
             into = self._layer(layer)
-            rows = [self._as_rows(into, which, array) for which, array in enumerate((k, v))]
+            rows = [
+                self._as_rows(into, which, self._on_host(array))
+                for which, array in enumerate((k, v))
+            ]
             count = len(rows[0])
             if len(rows[1]) != count:
                 raise ValueError(f"k has {count} tokens and v {len(rows[1])}: they go together")
@@ -243,6 +249,24 @@ class KVCache:
             ahead = self._ahead.get(layer)
             if ahead is not None:
                 ahead.append(rows, into.tokens)
+            for device in self._devices.values():
+                device.append(layer, rows, into.tokens)
+
+    def _on_host(self, array: Any) -> Any:
+        name = device_of(array)
+        return array if name is None else self._on(name).to_host(array)
+
+    def _on(self, device: Any) -> OnDevice:
+        """The pipeline to a device, made when it is first needed."""
+        if device not in self._devices:
+            self._devices[device] = OnDevice(
+                self._store, device, self._layers, self._behind, self._pool, self._ahead.plan
+            )
+        return self._devices[device]
+
+    def _drop_on_devices(self, index: int) -> None:
+        for device in self._devices.values():
+            device.drop(index)
 
     def _as_rows(self, layer: Layer, which: int, array: Any) -> Array:
         row_shape = layer.row_shape(which)
@@ -258,13 +282,14 @@ class KVCache:
             capacity *= 2
         self._behind.settle(layer)
         self._ahead.settle(index)  # the run that it reads is about to be given up
+        self._drop_on_devices(index)
         self._store.resize_many(dict.fromkeys(layer.keys, capacity))
         layer.capacity = capacity
         self._counts["grown"] += 1
 
     # ---- fetch -----------------------------------------------------------------------------------
 
-    def fetch(self, layer: int, *, start: int | None = None) -> tuple[Array, Array]:
+    def fetch(self, layer: int, *, start: int | None = None, device: Any = None) -> tuple[Any, Any]:
         """A layer's keys and values: arrays [tokens, batch, kv_heads, dim] that are the caller's.
 
         From token `start` on; if it is None, from the first, or in a layer with a window the last
@@ -272,6 +297,10 @@ class KVCache:
         once nothing refers to it: neither they, nor views or torch tensors made of them.
 
         The next layers, in cyclic order, are read ahead meanwhile.
+
+        With a device, "cuda" or "cuda:1", they are CuPy arrays there, and what is enqueued in the
+        caller's current stream afterwards runs when they have come. Drop them while that stream is
+        the current one.
         """
         with self._opened():
             source = self._layer(layer)
@@ -279,6 +308,8 @@ class KVCache:
             if first > source.tokens:
                 raise ValueError(f"start {first} is past the {source.tokens} tokens of the layer")
             self._counts["fetches"] += 1
+            if device is not None and device != "cpu":
+                return self._on(device).fetch(layer, first)
             found = self._ahead.take(layer, first)
             is_ahead = found is not None
             if found is None:
@@ -315,6 +346,7 @@ class KVCache:
             for index in longer:
                 self._behind.begin_cut(self._layers[index], keep)
                 self._ahead.settle(index)
+                self._drop_on_devices(index)
             before = {index: self._layers[index].tokens for index in longer}
             self._changing.update({index: self._layers[index] for index in longer})
             for index in longer:  # first: whoever asks after an interrupt is told what is kept
@@ -397,6 +429,8 @@ class KVCache:
     def _rewrite(self, order: Array) -> None:
         self._behind.settle_all()
         self._ahead.clear()
+        for device in self._devices.values():
+            device.clear()
         self._generation += 1
         moved: list[Layer] = []
         try:
@@ -432,7 +466,8 @@ class KVCache:
         of them. "ahead_bytes", "behind_bytes": of what is read ahead, and of tokens that are held
         until they are written; "staging_limit_bytes" is the most that is read ahead.
         "lent_bytes", "idle_bytes": memory of all arrays that somebody uses, those included, and
-        waiting to be used again.
+        waiting to be used again. "devices": of each that layers were fetched to, what its pipeline
+        says, and how many layers were ahead when they were asked for.
         """
         with self._lock:
             return {
@@ -452,6 +487,10 @@ class KVCache:
                 "staging_limit_bytes": self._ahead.limit_bytes,
                 "lent_bytes": self._pool.lent_bytes,
                 "idle_bytes": self._pool.idle_bytes,
+                "devices": {
+                    device.device.name: device.pipe.stats() | {"ahead_used": device.used}
+                    for device in self._devices.values()
+                },
             }
 
     def close(self) -> None:
@@ -461,6 +500,8 @@ class KVCache:
                 return
             self._behind.close()
             self._ahead.clear()
+            for device in self._devices.values():
+                device.close()
             self._pool.close()
             try:
                 self._store.delete_many([key for layer in self._layers for key in layer.keys])
@@ -486,6 +527,7 @@ class KVCache:
     def _mend(self, index: int, layer: Layer) -> None:
         """Cuts a layer's tokens and its tensors to what both have, after an interrupt."""
         self._ahead.drop(index)
+        self._drop_on_devices(index)
         self._behind.begin_cut(layer, layer.tokens)
         kept = min(layer.tokens, *(self._store.info(key).rows for key in layer.keys))
         self._store.truncate_many(dict.fromkeys(layer.keys, kept))

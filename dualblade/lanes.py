@@ -495,15 +495,14 @@ class FetchLane(Lane):
         if len(job.outs) != len(parts):
             raise ValueError(f"out has {len(job.outs)} arrays for a group of {len(parts)} tensors")
         for part, out in zip(parts, job.outs, strict=True):
-            array = self._device.as_array(out)
-            tag = tensor.dtype_tag(array.dtype)
-            if tuple(array.shape) != part.shape or tag != part.dtype:
+            tag = tensor.dtype_tag(out.dtype)
+            if tuple(out.shape) != part.shape or tag != part.dtype:
                 raise ValueError(
-                    f"out of {part.key!r} is {tag} {tuple(array.shape)}; the tensor is "
+                    f"out of {part.key!r} is {tag} {tuple(out.shape)}; the tensor is "
                     f"{part.dtype} {part.shape}"
                 )
             job.arrays.append(out)
-            job.targets.append(_From(self._bytes(self._device.bytes_of(array)), part.start))
+            job.targets.append(_From(self._bytes(self._device.bytes_of(out)), part.start))
 
     def _bytes(self, memory: Any) -> Any:
         return self._device.host_bytes_of(memory) if self._stream is None else memory

@@ -79,7 +79,7 @@ class ReadAhead:
     def refill(self, current: int) -> None:
         """Starts reading the layers after this one, as far as they are not on their way."""
         try:
-            wanted, copied = self._plan(current)
+            wanted, copied = self.plan(current)
         except DualbladeError:
             return  # a layer is gone: its own fetch() says so
         if current != self._expected:
@@ -93,7 +93,7 @@ class ReadAhead:
             if index not in self._ahead and self._size(index) <= self._room():
                 self._start(index, in_part=False)
 
-    def _plan(self, current: int) -> tuple[list[int], list[int]]:
+    def plan(self, current: int) -> tuple[list[int], list[int]]:
         """The next layers on the direct path, and those to be copied from the page cache."""
         count = len(self._layers)
         most = LOOKAHEAD_LAYERS if self._lookahead is None else self._lookahead

@@ -19,11 +19,11 @@ except ImportError as error:
 
 from dualblade._core import aligned_empty
 from dualblade.errors import ClosedError, UnsupportedError
+from dualblade.gpu import open_device
 from dualblade.kvcache import KVCache
 from dualblade.tensor import to_torch
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedConfig
     from typing_extensions import Self
 
@@ -57,6 +57,8 @@ class DualBladeCache(Cache):
             state in memory. Without it, every layer attends to all tokens.
         max_tokens: how many tokens to lay out storage for; None leaves it to KVCache.
         lookahead: how many layers to read ahead of the one being used; None leaves it to KVCache.
+        device: a device of dualblade.gpu that layers are brought to; None: where the model's
+            tensors are, which is the host or a CUDA GPU.
 
     Windowed layers store every token and read the last ones, so `crop` works at any length and
     `activate_past_recording` is not needed. `layers[i].keys` and `.values` stay None: the tensors
@@ -66,8 +68,11 @@ class DualBladeCache(Cache):
     `reset()` empties the cache for another prompt, of any batch size (of the same one where the
     model has layers whose state is kept in memory).
 
-    Raises UnsupportedError for tensors that are not on the CPU and for layer types that keep more
-    than keys and values; ClosedError once the cache or its store is closed; NoSpaceError when the
+    On a GPU the next layers are on their way there while attention runs, in the order of torch's
+    current stream; that needs CuPy (`pip install 'dualblade[gpu]'`).
+
+    Raises UnsupportedError for tensors elsewhere and for layer types that keep more than keys and
+    values; ClosedError once the cache or its store is closed; NoSpaceError when the
     store is full.
     """
 
@@ -78,8 +83,9 @@ class DualBladeCache(Cache):
         *,
         max_tokens: int | None = None,
         lookahead: int | None = None,
+        device: Any = None,
     ) -> None:
-        self._backing = _Backing(store, max_tokens, lookahead)
+        self._backing = _Backing(store, max_tokens, lookahead, device)
         if config is None:
             super().__init__(layer_class_to_replicate=partial(DualBladeLayer, self._backing))
         else:
@@ -178,10 +184,14 @@ class DualBladeCache(Cache):
 class _Backing:
     """The KVCache that the layers of one cache share, made when the first shapes are known."""
 
-    def __init__(self, store: TensorStore, max_tokens: int | None, lookahead: int | None) -> None:
+    def __init__(
+        self, store: TensorStore, max_tokens: int | None, lookahead: int | None, device: Any
+    ) -> None:
         self.store = store
         self.max_tokens = max_tokens
         self.lookahead = lookahead
+        self.device = device
+        self.gpus: dict[str, Any] = {}
         self.kv: KVCache | None = None
         self.batch = 0
         self.closed = False
@@ -203,6 +213,23 @@ class _Backing:
             )
             self.batch = batch
         return self.kv.add_layer(**shape, dtype=dtype, batch=batch, window=window)
+
+    def device_of(self, states: torch.Tensor) -> Any:
+        """What layers are to be brought to; None where that is the host's own memory."""
+        if self.device is not None:
+            return self.device
+        if states.device.type == "cpu":
+            return None
+        if states.device.type != "cuda":
+            message = (
+                f"DualBladeCache takes tensors on the CPU or on a CUDA GPU and was given one on "
+                f"{states.device}. Run the model on one of these."
+            )
+            raise UnsupportedError(message)
+        name = f"cuda:{states.device.index}"
+        if name not in self.gpus:
+            self.gpus[name] = open_device(name)
+        return self.gpus[name]
 
     def opened(self) -> KVCache:
         self.check_open()
@@ -244,7 +271,7 @@ class DualBladeLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Makes room in the store for tensors like these, [batch, kv_heads, any, dim]."""
-        _refuse_other_devices(key_states)
+        self._backing.device_of(key_states)
         if value_states.dtype != key_states.dtype:
             message = (
                 f"The keys are {key_states.dtype} and the values {value_states.dtype}; a layer is "
@@ -265,7 +292,16 @@ class DualBladeLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        _refuse_other_devices(key_states)
+        device = self._backing.device_of(key_states)
+        if device is None:
+            return self._update(key_states, value_states, None)
+        # What the cache enqueues and allocates is in the order of the model's own stream.
+        with device.current_stream(key_states):
+            return self._update(key_states, value_states, device)
+
+    def _update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, device: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         kv = self._backing.opened()
         past, new = kv.tokens(self._index), key_states.shape[-2]
         window = self.sliding_window
@@ -274,20 +310,23 @@ class DualBladeLayer(CacheLayerMixin):
             return _in_torch_layout(key_states), _in_torch_layout(value_states)
         if window is None or new == 1 or past + new <= window:
             self._append(kv, key_states, value_states)
-            keys, values = kv.fetch(self._index)
-            return _for_attention(keys), _for_attention(values)
+            keys, values = kv.fetch(self._index, device=device)
+            return _for_attention(keys, device), _for_attention(values, device)
         # The first of several new tokens sees window - 1 tokens before it: more than the window
         # that reaches back from the last one, so these are read before the new ones are stored.
-        keys, values = kv.fetch(self._index)
+        keys, values = kv.fetch(self._index, device=device)
         first = max(len(keys) - (window - 1), 0)
         self._append(kv, key_states, value_states)
         return (
-            torch.cat([_heads_first(keys[first:]), key_states], dim=-2),
-            torch.cat([_heads_first(values[first:]), value_states], dim=-2),
+            torch.cat([_heads_first(keys[first:], device), key_states], dim=-2),
+            torch.cat([_heads_first(values[first:], device), value_states], dim=-2),
         )
 
     def _append(self, kv: KVCache, keys: torch.Tensor, values: torch.Tensor) -> None:
-        kv.append(self._index, *(new.detach().permute(2, 0, 1, 3) for new in (keys, values)))
+        rows = [new.detach().permute(2, 0, 1, 3) for new in (keys, values)]
+        if keys.device.type == "cuda":
+            rows = [new.contiguous() for new in rows]
+        kv.append(self._index, *rows)
 
     def get_seq_length(self) -> int:
         """Tokens stored, those outside of the window included."""
@@ -344,29 +383,24 @@ def _layers_for(config: PreTrainedConfig, backing: _Backing) -> list[Any]:
     return layers
 
 
-def _refuse_other_devices(states: torch.Tensor) -> None:
-    if states.device.type != "cpu":
-        message = (
-            f"DualBladeCache takes CPU tensors and was given one on {states.device}. Run the model "
-            "on the CPU; copies to a GPU are not part of this cache yet."
-        )
-        raise UnsupportedError(message)
-
-
-def _heads_first(rows: np.ndarray) -> torch.Tensor:
+def _heads_first(rows: Any, device: Any) -> torch.Tensor:
     """[tokens, batch, kv_heads, dim] seen as [batch, kv_heads, tokens, dim]."""
-    return to_torch(rows).permute(1, 2, 0, 3)
+    found = to_torch(rows) if device is None else device.to_torch(rows)
+    return found.permute(1, 2, 0, 3)
 
 
-def _for_attention(rows: np.ndarray) -> torch.Tensor:
+def _for_attention(rows: Any, device: Any) -> torch.Tensor:
     """[tokens, batch, kv_heads, dim] as attention takes it, [batch, kv_heads, tokens, dim].
 
-    Of float32 a view: attention is as fast on it, and gives the same bits as on DynamicCache's
-    contiguous tensors as long as each row of dim numbers starts on a line in both layouts. Where
-    that does not hold, and of the half precisions, a copy in DynamicCache's layout: over strided
-    rows their CPU kernels lose several times what the copy takes.
+    On the host, of float32 a view: attention is as fast on it, and gives the same bits as on
+    DynamicCache's contiguous tensors as long as each row of dim numbers starts on a line in both
+    layouts. Where that does not hold, and of the half precisions, a copy in DynamicCache's layout:
+    over strided rows their CPU kernels lose several times what the copy takes. On a GPU a copy.
     """
-    states = _heads_first(rows)
+    states = _heads_first(rows, device)
+    if device is not None:
+        # Also where it is contiguous: the array's memory is not torch's to use again.
+        return states.clone(memory_format=torch.contiguous_format)
     starts_on_line = states.data_ptr() % _LINE_BYTES == 0
     rows_on_lines = states.shape[-1] * states.element_size() % _LINE_BYTES == 0
     is_wide = states.element_size() >= torch.float32.itemsize

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dualblade
+from dualblade.gpu import HostDevice
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -519,7 +520,7 @@ def test_a_copy_is_refused(store):
 
 def test_tensors_elsewhere_are_refused(store):
     states = torch.empty(1, 2, 4, 16, device="meta")
-    with pytest.raises(dualblade.UnsupportedError, match="CPU tensors.*meta"):
+    with pytest.raises(dualblade.UnsupportedError, match="on the CPU or on a CUDA GPU.*meta"):
         DualBladeCache(store).update(states, states, 0)
 
 
@@ -556,3 +557,34 @@ def test_without_transformers_it_says_what_to_install():
     )
     assert done.returncode == 1
     assert "pip install 'dualblade[transformers]'" in done.stderr
+
+
+# ---- models elsewhere ----------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["staged", "unified"])
+def device(request):
+    """The host in a GPU's place."""
+    if request.param == "unified":
+        return HostDevice(unified=True)
+    return HostDevice(copy_bytes_per_s=5e9)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_go_to_a_device_are_the_same(store, family, device):
+    model, inputs = model_of(family), prompts()
+    theirs = run(model, DynamicCache(config=model.config), inputs)
+    with DualBladeCache(store, model.config, device=device) as cache:
+        assert_same(run(model, cache, inputs), theirs)
+        ahead = cache.stats()["devices"]["cpu"]["ahead_used"]
+        assert ahead > 20 * (len(cache.layers) - 1)
+        cache.reset()
+        assert_same(run(model, cache, inputs), theirs)
+
+
+def test_beams_on_a_device_are_the_same(store, device):
+    model, inputs = model_of("llama", torch.bfloat16), prompts(batch=2)
+    options = {"num_beams": 3, "num_return_sequences": 2}
+    theirs = run(model, DynamicCache(config=model.config), inputs, **options)
+    with DualBladeCache(store, model.config, device=device) as cache:
+        assert_same(run(model, cache, inputs, **options), theirs)

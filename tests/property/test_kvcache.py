@@ -9,6 +9,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -22,6 +23,7 @@ from hypothesis.stateful import (
 
 import dualblade
 from dualblade import _core
+from dualblade.gpu import HostDevice
 
 BATCH_MAX = 6
 DTYPES = [np.float16, np.float32, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, np.int16]
@@ -68,6 +70,9 @@ def same(found: np.ndarray, expected: np.ndarray) -> bool:
 
 class KVCacheMachine(RuleBasedStateMachine):
     """Everything that a decoder, a beam search or a server does to its cache, in any order."""
+
+    device: HostDevice | None = None
+    """That layers are fetched to."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -149,7 +154,7 @@ class KVCacheMachine(RuleBasedStateMachine):
             first = 0
             if layer.window is not None:
                 first = max(0, len(layer.arrays[0]) - layer.window)
-        found = self.kv.fetch(index, start=start)
+        found = self.kv.fetch(index, start=start, device=self.device)
         for array, whole in zip(found, layer.arrays, strict=True):
             assert same(array, whole[first:])
             assert array.flags.writeable
@@ -226,5 +231,25 @@ class KVCacheMachine(RuleBasedStateMachine):
 def test_kvcache_is_a_concatenation() -> None:
     before = _core.counters()["buffers"]
     run_state_machine_as_test(KVCacheMachine, settings=settings(stateful_step_count=25))
+    gc.collect()
+    assert _core.counters()["buffers"] == before
+
+
+class StagedMachine(KVCacheMachine):
+    """The same with layers that go to a device through staging, by copies that take their time."""
+
+    device = HostDevice(copy_bytes_per_s=2e9)
+
+
+class UnifiedMachine(KVCacheMachine):
+    """The same with a device whose memory the drive reads into."""
+
+    device = HostDevice(unified=True)
+
+
+@pytest.mark.parametrize("machine", [StagedMachine, UnifiedMachine])
+def test_a_device_gets_the_same(machine: type[KVCacheMachine]) -> None:
+    before = _core.counters()["buffers"]
+    run_state_machine_as_test(machine, settings=settings(stateful_step_count=25))
     gc.collect()
     assert _core.counters()["buffers"] == before

@@ -356,7 +356,8 @@ def test_a_put_reads_after_what_the_caller_enqueued(layers: Layers, staged: Pipe
     with staged.device.stream() as stream:
         stream.launch(lambda: (goes_on.wait(), array.fill(7)))
         ticket = staged.put_async({"made": array})
-        assert not ticket.done()
+        with pytest.raises(TimeoutError):
+            ticket.result(timeout=0.2)
         goes_on.set()
         ticket.result()
     stream.close()
