@@ -1,4 +1,4 @@
-"""Runs bench/decode.py in a memory cgroup of its own, one command and one answer at a time."""
+"""Runs a policy's decoding in a memory cgroup of its own, one command and one answer at a time."""
 
 from __future__ import annotations
 
@@ -32,12 +32,11 @@ class PolicyError(Exception):
 class Decode:
     """A process that decodes in a group with a limit."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, program: str) -> None:
         self.job = job
         self.group = Path(job.group)
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
-        program = str(Path(__file__).with_name("decode.py"))
-        command = [sys.executable, program, json.dumps(asdict(job))]
+        command = [sys.executable, str(Path(__file__).with_name(program)), json.dumps(asdict(job))]
         self.process = subprocess.Popen(
             ["sh", "-c", JOIN, job.group, *command],
             stdin=subprocess.PIPE,
@@ -99,12 +98,12 @@ class Decode:
 
 
 @contextlib.contextmanager
-def decoding(job: Job) -> Iterator[Decode]:
-    """A new group with the job's limit, and in it the process. Raises PolicyError, and
-    UnsupportedError where no group can be made."""
+def decoding(job: Job, program: str = "decode.py") -> Iterator[Decode]:
+    """A new group with the job's limit, and in it the process, which runs a program beside this.
+    Raises PolicyError, and UnsupportedError where no group can be made."""
     forget_cached(job.path)  # what is cached stays charged to whom it was
     with memory_group(job.limit_bytes, name="dualblade-bench") as group:
-        process = Decode(replace(job, group=str(group)))
+        process = Decode(replace(job, group=str(group)), program)
         try:
             yield process
         finally:

@@ -260,3 +260,37 @@ def test_help_has_examples(tmp_path, name):
     done = bench(tmp_path, name, "--help")
     assert done.returncode == 0
     assert f"python bench/{name} " in done.stdout
+
+
+# ---- the pipeline's ------------------------------------------------------------------------------
+
+
+def test_overlap_measures_each_alone_and_all_together(tmp_path):
+    table, found = measure(tmp_path, "overlap.py", "--ratios", "0.5,0.7")
+    assert [row["ratio"] for row in found["rows"]] == [0.5, 0.7]
+    for row in found["rows"]:
+        seconds = row["seconds"]
+        assert set(seconds) == {
+            "storage", "copy", "compute", "side_by_side", "adaptive", "1MiBx4"
+        }  # fmt: skip
+        for figures in seconds.values():
+            assert_positive(figures)
+        longest = max(seconds[name]["median"] for name in ("storage", "copy", "compute"))
+        expected = longest / seconds["adaptive"]["median"]
+        assert row["efficiency"]["adaptive"]["median"] == pytest.approx(expected)
+        assert row["stats"]["direct"]["bytes"] > 0
+        assert row["stats"]["pagecache"]["bytes"] > 0
+    assert "side by side, unconnected" in table
+    assert {"where", "what", "value", "at_least", "holds"} == set(found["targets"][0])
+
+
+def test_paper_has_a_row_for_every_variant(tmp_path, memory_cgroup):
+    memory_cgroup(64 << 20)  # skips where there are none
+    table, found = measure(tmp_path, "paper.py", "--kv", "256MiB", "--budgets", "150")
+    variants = {(row["policy"], row["is_piped"]) for row in found["rows"]}
+    assert variants >= {("memmap", False), ("static", False), ("static", True), ("direct", True)}
+    for row in found["rows"]:
+        assert row["error"] is None, row
+        assert_positive(row["prefill_s"])
+        assert_positive(row["step_ms"])
+    assert "The paper's own figures" in table
