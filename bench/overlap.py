@@ -55,7 +55,8 @@ ADAPTIVE_MIN = 0.97
 SETTLE_STEPS_MAX = 400
 COPY_BYTES = 32 << 20
 COPY_CHUNK_BYTES = 4 << 20
-TURNS = 3
+TURNS = 2
+STORAGE_ONLY = {"chunk_bytes": 4 << 20, "depth": 4, "mode": "cross"}
 ALONE = ("storage", "copy", "compute")
 BESIDE = "side_by_side"
 
@@ -198,8 +199,9 @@ def measure(model: Model, options: argparse.Namespace, ratio: float) -> dict[str
     report.progress(f"DRAM:SSD {ratio}: how fast is the storage?")
     cached = model.set_ratio(ratio)
     with contextlib.ExitStack() as stack:
-        storage = stack.enter_context(model.store.pipeline(StorageOnly(), staging=options.staging))
-        settle(model, storage, None, options)
+        storage = stack.enter_context(
+            model.store.pipeline(StorageOnly(), staging=options.staging, **STORAGE_ONLY)
+        )
         storage_s = statistics.median(through(model, storage) for _ in range(3))
         if options.device == "cpu":
             device = HostDevice(copy_bytes_per_s=model.nbytes / (storage_s * options.copy))
