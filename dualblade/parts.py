@@ -20,7 +20,7 @@ from dualblade.paths import Request
 from dualblade.pipeline import STAGING_BYTES, STAGING_LEAST_BYTES, Pipeline
 from dualblade.residency import PathName
 from dualblade.ticket import Ticket
-from dualblade.transfer import EntryTransfer, Written, drain, wait_all
+from dualblade.transfer import EntryTransfer, Written, blocks_of, drain, wait_all
 from dualblade.tuning import Mode
 
 
@@ -33,6 +33,10 @@ class Piece(NamedTuple):
     stop: int
     """Bytes of the tensor. Parts begin where a checksum does, but for the first one."""
     memory: Any
+
+
+WritePiece = tuple[Entry, Request, Any]
+"""Of an entry what is written where, and an array for its checksums."""
 
 
 class Part(NamedTuple):
@@ -97,7 +101,8 @@ class Parts(EntryTransfer):
                     _part(entry, start, stop)
                     for entry, (_, start, stop) in zip(entries, wanted, strict=True)
                 ]
-                # For good: while somebody holds it a tensor keeps its path, also a replaced one.
+                # For good: while somebody holds it a tensor does not leave the page cache, and what
+                # was read past it stays true when it goes there; also of a replaced one.
                 paths = self._paths_of(entries)
                 return Reading(
                     parts,
@@ -202,13 +207,23 @@ class Parts(EntryTransfer):
             read.copies += plan.finish
         return read
 
-    def _write_pieces(
-        self, path: PathName, pieces: Iterable[tuple[Request, Any]]
-    ) -> _core.Completion:
-        requests, checksums = map(list, zip(*pieces, strict=True))
-        if self._write_back is not None and path == "pagecache":
-            self._write_back.admit(sum([len(memory) for _, memory in requests]))
-        return self._paths[path].write(requests, checksums)
+    def _write_pieces(self, path: PathName, pieces: Iterable[WritePiece]) -> _core.Completion:
+        entries, requests, checksums = map(list, zip(*pieces, strict=True))
+        if path in self._buffered:
+            self._doubts.mark(entries)
+        if self._write_back is None or path == "direct":
+            return self._paths[path].write(requests, checksums)
+        # A copy in memory, and waited for: nobody is to wait for room that this thread would give.
+        writer = object()
+        under_way: list[_core.Completion] = []
+        try:
+            self._admit(writer, blocks_of(requests), under_way)
+            under_way.append(self._paths[path].write(requests, checksums))
+            under_way[0].wait()
+        finally:
+            drain(under_way)
+            self._write_back.written(writer)
+        return under_way[0]
 
     def _paths_of(self, entries: Iterable[Entry]) -> list[PathName]:
         groups = self._residency.groups
@@ -267,7 +282,7 @@ class Writing:
         self,
         entries: list[Entry],
         paths: list[PathName],
-        write: Callable[[PathName, Iterable[tuple[Request, Any]]], _core.Completion],
+        write: Callable[[PathName, Iterable[WritePiece]], _core.Completion],
     ) -> None:
         self._entries = entries
         self._paths = paths
@@ -286,13 +301,13 @@ class Writing:
 
     def write(self, pieces: Iterable[Piece]) -> list[_core.Completion]:
         """Starts writing parts, each of them from where a checksum begins to where one ends."""
-        by_path: dict[PathName, list[tuple[Request, Any]]] = {}
+        by_path: dict[PathName, list[WritePiece]] = {}
         for which, start, stop, memory in pieces:
             entry = self._entries[which]
             chunk_bytes = entry.layout.chunk_bytes
             checksums = self._checksums[which][start // chunk_bytes : -(-stop // chunk_bytes)]
             request = (entry.offset + start, memory)
-            by_path.setdefault(self._paths[which], []).append((request, checksums))
+            by_path.setdefault(self._paths[which], []).append((entry, request, checksums))
         completions: list[_core.Completion] = []
         try:
             for path, members in by_path.items():
@@ -305,10 +320,8 @@ class Writing:
     def written(self) -> list[Written]:
         """What the store takes in when all has been written."""
         return [
-            Written(path, [entry], bytearray(checksums.tobytes()))
-            for path, entry, checksums in zip(
-                self._paths, self._entries, self._checksums, strict=True
-            )
+            Written([entry], bytearray(checksums.tobytes()))
+            for entry, checksums in zip(self._entries, self._checksums, strict=True)
         ]
 
 

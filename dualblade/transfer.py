@@ -128,7 +128,7 @@ class EntryTransfer(EntryAccess):
         whole = [(entry.offset, _bytes_of(memory)) for entry, memory in members]
         sums = np.frombuffer(checksums, np.uint64)
         for part in parts_of(whole, part_bytes):
-            self._admit(id(operation), _blocks_of(part), completions)
+            self._admit(id(operation), blocks_of(part), completions)
             count = sum([-(-len(data) // chunk_bytes) for _, data in part])
             completions.append(path.write(part, sums[:count]))
             sums = sums[count:]
@@ -200,7 +200,7 @@ class EntryTransfer(EntryAccess):
                     completions.append(self._paths[name].write(requests, None))
                     continue
                 for part in parts_of(requests, self._write_back.part_bytes):
-                    self._admit(writer, _blocks_of(part), completions)
+                    self._admit(writer, blocks_of(part), completions)
                     completions.append(self._paths[name].write(part, None))
             wait_all(completions)
 
@@ -221,7 +221,7 @@ class EntryTransfer(EntryAccess):
                 completions.append(self._paths[name].write(requests, None))
                 continue
             for part in parts_of(requests, self._write_back.part_bytes):
-                self._admit(id(operation), _blocks_of(part), completions)
+                self._admit(id(operation), blocks_of(part), completions)
                 completions.append(self._paths[name].write(part, None))
 
     def _read_bytes(
@@ -430,7 +430,7 @@ def _bytes_of(memory: Any) -> Any:
     return tensor.describe(memory).data if isinstance(memory, np.ndarray) else memory
 
 
-def _blocks_of(requests: Iterable[Request]) -> list[tuple[int, int]]:
+def blocks_of(requests: Iterable[Request]) -> list[tuple[int, int]]:
     """The ranges that these make dirty."""
     return [(offset, footprint_of(len(data))) for offset, data in requests]
 
