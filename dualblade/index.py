@@ -234,8 +234,10 @@ class Index:
             return
         if self.freed is not None and residency.groups[entry.group].path == "pagecache":
             self.freed.append((entry.offset, size_bytes))
-        # From here to the call into C is no other, so no interrupt.
         group = residency.groups[entry.group]
+        if group.tensors == 1:
+            residency.filling.pop(entry.group, None)
+        # From here to the call into C is no other, so no interrupt.
         footprint = entry.footprint
         group.size_bytes -= size_bytes
         group.stored_bytes -= footprint

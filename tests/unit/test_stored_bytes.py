@@ -236,6 +236,17 @@ def test_what_is_appended_again_stays_in_the_page_cache(memory: Memory, path: Pa
         np.testing.assert_array_equal(store.get("x"), noise(16 * MIB, 9))
 
 
+@pytest.mark.parametrize("live", [True, False])
+def test_groups_that_are_gone_leave_nothing_behind(path: Path, live: bool) -> None:
+    with dualblade.open(path, size="64MiB", live=live, memory="16MiB") as store:
+        for i in range(20):
+            store.reserve(f"k{i}", (MIB,), "uint8")
+            store.append(f"k{i}", noise(10_000))
+            store.delete(f"k{i}")
+        assert not store._residency.groups
+        assert not store._residency.filling
+
+
 # ---- when many grow ------------------------------------------------------------------------------
 
 
