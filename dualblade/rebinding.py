@@ -20,6 +20,9 @@ from dualblade.transfer import SURE_ATTEMPTS, EntryTransfer
 WAY_PART = 64
 """Who appends past the budget frees this part of it at least: of many small groups some leave at
 once, and not one for each append."""
+WAY_REST = 20
+"""After a look in vain so many times as long as it took pass before the next one, unless views come
+or go: they are what keeps groups in the page cache."""
 BUSY_S = 0.05
 """So long a group that has to leave the page cache may be in use before its users have to wait."""
 
@@ -40,6 +43,9 @@ class Rebinding(EntryTransfer):
         """Bytes of page-cached entries that were found in memory; read and changed freely."""
         self._making_way = threading.RLock()
         """One at a time has groups leave for appends; the others find room then."""
+        self._way_after_s = 0.0
+        self._way_views_bytes = 0
+        """What was viewed when nobody could leave."""
         self._moves: Counter[PathName] = Counter()
         """How many groups were moved to each path for the memory's sake."""
         self._problems = 0
@@ -199,11 +205,18 @@ class Rebinding(EntryTransfer):
         False if none can go. The caller holds no entries."""
         residency = self._residency
         moved = 0
+        self._release_views()
         with self._making_way:
+            begin_s, views_bytes = time.monotonic(), self._index.viewed_bytes
+            is_vain = begin_s < self._way_after_s and views_bytes == self._way_views_bytes
             # Others may have had some go meanwhile.
-            if residency.over(growth, by_claim=False) > 0:
+            if residency.over(growth, by_claim=False) > 0 and not is_vain:
                 moved = self._make_room(residency.budget_bytes // WAY_PART, growth)
                 self._moves["direct"] += moved
+                if not moved:
+                    now_s = time.monotonic()
+                    self._way_after_s = now_s + WAY_REST * (now_s - begin_s)
+                    self._way_views_bytes = views_bytes
         return moved > 0 or residency.over(growth, by_claim=False) <= 0
 
     # ---- what the drive may not have --------------------------------------------------------

@@ -330,3 +330,43 @@ def test_what_is_looked_at_grows_past_the_budget(path: Path) -> None:
         del view
         expected = np.concatenate([noise(2 * MIB), noise(2 * MIB, 1)])
         np.testing.assert_array_equal(store.get("x"), expected)
+
+
+def test_views_that_are_gone_keep_nobody_in_the_page_cache(path: Path) -> None:
+    with dualblade.open(path, size="64MiB", live=False, memory="4MiB") as store:
+        store.reserve("x", (8 * MIB,), "uint8")
+        store.append("x", noise(3 * MIB))
+        store.set_path("x", "pagecache")
+        view = store.view("x")
+        np.testing.assert_array_equal(view, noise(3 * MIB))
+        del view
+        store.append("x", noise(2 * MIB, 1))
+        assert store.path_of("x") == "direct"
+
+
+def test_nobody_looks_again_and_again_who_can_leave(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 100,000 groups a look takes a second."""
+    monkeypatch.setattr("dualblade.rebinding.WAY_REST", 1_000_000)
+    with dualblade.open(path, size="64MiB", live=False, memory="1MiB") as store:
+        store.reserve("x", (8 * MIB,), "uint8")
+        store.append("x", noise(MIB))
+        store.set_path("x", "pagecache")
+        view = store.view("x")
+        surveys = 0
+        survey = store._survey
+
+        def counted(*arguments: Any) -> Any:
+            nonlocal surveys
+            surveys += 1
+            return survey(*arguments)
+
+        monkeypatch.setattr(store, "_survey", counted)
+        for i in range(20):
+            store.append("x", noise(4096, i))
+        assert surveys == 1
+        np.testing.assert_array_equal(view, noise(MIB))
+        del view
+        store.append("x", noise(4096, 20))
+        assert store.path_of("x") == "direct"
