@@ -202,7 +202,8 @@ class WriteBack:
         """Waits a while for room for these ranges, and has dirty pages written for it."""
         with self._lock:
             if self._is_over(sum([length for _, length in ranges])):
-                self._note(self._hurry)
+                # No note: of a drive that hangs one for each look would be kept.
+                self._is_urgent = True
                 self._changed.notify_all()
                 self._changed.wait(ADMIT_LOOK_S)
 
@@ -344,9 +345,6 @@ class WriteBack:
     def _remove_freed(self, extents: Iterable[tuple[int, int]]) -> None:
         for offset, length in extents:
             self._freed.remove(offset, length)
-
-    def _hurry(self, _: None) -> None:
-        self._is_urgent = True
 
     def _begin_flush(self, _: None) -> None:
         self._flushed = list(self._dirty)

@@ -370,6 +370,21 @@ def test_a_writer_waits_above_the_bound_only(slow: tuple[SlowDevice, WriteBack])
     assert back.most_bytes == 100 * MIB
 
 
+def test_who_waits_for_a_drive_that_hangs_takes_no_memory(
+    slow: tuple[SlowDevice, WriteBack], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, back = slow
+    monkeypatch.setattr(writeback, "ADMIT_LOOK_S", 0)
+    write(back, (0, 8 * MIB))
+    until(lambda: ("wait", 0, 8 * MIB) in device.calls, "it is not written back")
+    for _ in range(100):
+        assert not back.admit("next", [(8 * MIB, 4096)])
+        back.await_room([(8 * MIB, 4096)])
+    assert len(back._notes) == 0
+    device.go.release()
+    until(lambda: back.dirty_bytes == 0, "it is stuck")
+
+
 def test_ranges_are_put_together_and_those_freed_are_not_written(
     slow: tuple[SlowDevice, WriteBack],
 ) -> None:
