@@ -147,3 +147,33 @@ class DoubtsAgainstDrive(RuleBasedStateMachine):
 
 DoubtsAgainstDrive.TestCase.settings = settings(stateful_step_count=100)
 TestDoubts = DoubtsAgainstDrive.TestCase
+
+
+def in_doubt() -> tuple[Drive, Doubts, Entry]:
+    """A tensor that was written, and landed, in the first turn."""
+    drive = Drive()
+    device: Any = drive
+    doubts = Doubts(device)
+    entry = Entry("x", layout_of((4096,), "uint8", 4096), "", 1)
+    doubts.mark([entry])
+    return drive, doubts, entry
+
+
+def test_what_is_written_during_a_flush_may_be_refused_after_it() -> None:
+    drive, doubts, entry = in_doubt()
+    failures, turn = doubts.look(), doubts.next_turn()
+    doubts.mark([entry])
+    assert doubts.settle([entry], turn, failures)
+    drive.failures += 1
+    doubts.look()
+    assert doubts.has(entry)
+
+
+def test_doubts_that_came_meanwhile_are_not_closed() -> None:
+    drive, doubts, entry = in_doubt()
+    before = doubts.look()
+    drive.failures += 1
+    doubts.look()
+    doubts.close(before)
+    assert doubts.is_open
+    assert doubts.has(entry)
