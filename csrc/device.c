@@ -5,18 +5,21 @@
  * descriptors are closed in the child as it starts, and every call there says -ECHILD. */
 #define _GNU_SOURCE
 #include "cached.h"
+#include "coherence.h"
 #include "counters.h"
 #include "member.h"
 #include "queue.h"
+#include "request_size.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
 enum {
-    ENGINE_COUNT = DB_ENGINE_THREADS + 1,
+    ENGINE_COUNT = DB_ENGINE_NVME + 1,
     DEPTH_MAX = 4096,
     DEPTH_SUM_MAX = 16384, /* of all members: twice this is what an io_uring has at most */
     THREADS_MAX = 64,
@@ -34,6 +37,7 @@ struct db_device {
     struct db_stripes stripes;
     struct db_queue *queues[DB_PATH_COUNT];
     int refusals[ENGINE_COUNT];
+    struct db_coherence coherence; /* without words unless NVMe commands are used */
     _Atomic bool is_forked; /* this is the child's copy */
     struct db_device *next, **link;
     struct db_member members[];
@@ -167,8 +171,14 @@ static int open_members(struct db_device *device, const char *const *paths, uint
     return 0;
 }
 
-static struct db_queue_config configure(const struct db_device *device, enum db_path path,
-                                        int fds[DB_MEMBERS_MAX])
+/* What is asked of a queue for one path, with what it points to until it is open. */
+struct setup {
+    struct db_queue_config config;
+    int fds[DB_MEMBERS_MAX];
+    const struct db_nvme_namespace *spaces[DB_MEMBERS_MAX];
+};
+
+static void configure(const struct db_device *device, enum db_path path, struct setup *setup)
 {
     const struct db_device_options *options = &device->options;
     bool direct = path == DB_PATH_DIRECT && device->geometry.has_direct;
@@ -180,10 +190,10 @@ static struct db_queue_config configure(const struct db_device *device, enum db_
     uint32_t depth = least(count * options->queue_depth, DEPTH_SUM_MAX);
     uint32_t threads = least(count * options->threads, THREADS_SUM_MAX);
     for (uint32_t i = 0; i < count; i++)
-        fds[i] = direct ? device->members[i].direct_fd : device->members[i].buffered_fd;
-    return (struct db_queue_config){
+        setup->fds[i] = direct ? device->members[i].direct_fd : device->members[i].buffered_fd;
+    setup->config = (struct db_queue_config){
         .engine = &db_engine_threads,
-        .fds = fds,
+        .fds = setup->fds,
         .stripes = device->stripes,
         .depth = path == DB_PATH_DIRECT ? depth : PAGECACHE_DEPTH,
         .threads = threads,
@@ -198,6 +208,39 @@ static struct db_queue_config configure(const struct db_device *device, enum db_
     };
 }
 
+/* Every member is an NVMe namespace, and takes commands. */
+static int use_nvme(struct db_device *device, struct setup *setup)
+{
+    uint32_t most_bytes = UINT32_MAX;
+    int rc = device->geometry.has_direct ? 0 : -ENODEV;
+    for (uint32_t i = 0; !rc && i < device->stripes.member_count; i++) {
+        struct db_member *member = &device->members[i];
+        rc = db_member_use_nvme(member, device->options.read_only);
+        setup->spaces[i] = &member->space;
+        if (member->space.most_bytes < most_bytes)
+            most_bytes = member->space.most_bytes;
+    }
+    if (!rc)
+        rc = db_coherence_open(device->geometry.size_bytes, &device->coherence);
+    if (rc)
+        return rc;
+    setup->config.spaces = setup->spaces;
+    setup->config.coherence = &device->coherence;
+    device->geometry.max_transfer_bytes = most_bytes;
+    /* One request is one command then, or several of a chunk; there is nothing to measure. */
+    if (setup->config.request_bytes == 0 && most_bytes <= DB_REQUEST_LEAST_BYTES)
+        setup->config.request_bytes =
+            most_bytes > device->options.chunk_bytes ? most_bytes : device->options.chunk_bytes;
+    return 0;
+}
+
+static void leave_nvme(struct db_device *device)
+{
+    for (uint32_t i = 0; i < device->stripes.member_count; i++)
+        db_member_leave_nvme(&device->members[i]);
+    db_coherence_close(&device->coherence);
+}
+
 /* Does this engine move bytes here? Set-up alone proves nothing: a container or a filesystem may
  * refuse only the I/O. So a block of each member is read. */
 static int try_engine(struct db_device *device, enum db_engine_id id)
@@ -206,12 +249,15 @@ static int try_engine(struct db_device *device, enum db_engine_id id)
         [DB_ENGINE_URING] = &db_engine_uring,
         [DB_ENGINE_AIO] = &db_engine_aio,
         [DB_ENGINE_THREADS] = &db_engine_threads,
+        [DB_ENGINE_NVME] = &db_engine_nvme,
     };
-    int fds[DB_MEMBERS_MAX];
-    struct db_queue_config config = configure(device, DB_PATH_DIRECT, fds);
-    config.engine = engines[id];
+    struct setup setup;
     struct db_queue *queue;
-    int rc = db_queue_open(&config, &queue);
+    configure(device, DB_PATH_DIRECT, &setup);
+    setup.config.engine = engines[id];
+    int rc = id == DB_ENGINE_NVME ? use_nvme(device, &setup) : 0;
+    if (!rc)
+        rc = db_queue_open(&setup.config, &queue);
     if (!rc) {
         rc = db_queue_probe(queue);
         if (rc == -EINVAL || rc == -EOPNOTSUPP || rc == -ENOSYS || rc == -EPERM ||
@@ -222,7 +268,20 @@ static int try_engine(struct db_device *device, enum db_engine_id id)
             rc = 0;
         }
     }
+    if (rc && id == DB_ENGINE_NVME) {
+        leave_nvme(device);
+        rc = rc == -EINVAL ? -EOPNOTSUPP : rc; /* so says a kernel that knows no such rings */
+    }
     device->refusals[id] = rc;
+    return rc;
+}
+
+/* NVMe commands if they were asked for, or may be what is best. */
+static int try_nvme(struct db_device *device)
+{
+    int rc = try_engine(device, DB_ENGINE_NVME);
+    if (device->options.engine == DB_ENGINE_AUTO && rc == -ENODEV)
+        device->refusals[DB_ENGINE_NVME] = 0; /* it is something else: that is no refusal */
     return rc;
 }
 
@@ -230,16 +289,19 @@ static int choose_engine(struct db_device *device)
 {
     enum db_engine_id wanted = device->options.engine;
     if (device->options.sqpoll || device->options.iopoll) {
-        if (wanted != DB_ENGINE_AUTO && wanted != DB_ENGINE_URING)
+        if (wanted != DB_ENGINE_AUTO && wanted != DB_ENGINE_URING && wanted != DB_ENGINE_NVME)
             return -EOPNOTSUPP;
         /* The probe's read says no too, but not where it reads a hole of a file. */
         if (device->options.iopoll && !device->geometry.can_poll)
             return -EOPNOTSUPP;
-        wanted = DB_ENGINE_URING;
+        if (wanted == DB_ENGINE_AUTO)
+            return try_nvme(device) == 0 ? 0 : try_engine(device, DB_ENGINE_URING);
     }
     if (wanted != DB_ENGINE_AUTO)
         return try_engine(device, wanted);
-    int rc = try_engine(device, DB_ENGINE_URING);
+    int rc = try_nvme(device);
+    if (rc)
+        rc = try_engine(device, DB_ENGINE_URING);
     /* On buffered files AIO blocks in io_submit: the threads are better. */
     if (rc && device->geometry.has_direct)
         rc = try_engine(device, DB_ENGINE_AIO);
@@ -257,9 +319,9 @@ static int open_queues(struct db_device *device)
         rc = choose_engine(device);
     }
     if (!rc) {
-        int fds[DB_MEMBERS_MAX];
-        struct db_queue_config config = configure(device, DB_PATH_PAGECACHE, fds);
-        rc = db_queue_open(&config, &device->queues[DB_PATH_PAGECACHE]);
+        struct setup setup;
+        configure(device, DB_PATH_PAGECACHE, &setup);
+        rc = db_queue_open(&setup.config, &device->queues[DB_PATH_PAGECACHE]);
     }
     /* EAGAIN of io_setup or pthread_create, which flock's EWOULDBLOCK must not be taken for. */
     return rc == -EAGAIN ? -EUSERS : rc;
@@ -272,6 +334,7 @@ static void release(struct db_device *device)
             db_queue_close(device->queues[path]);
     for (uint32_t i = 0; i < device->stripes.member_count; i++)
         db_member_close(&device->members[i]);
+    db_coherence_close(&device->coherence);
     free(device);
 }
 
@@ -347,7 +410,43 @@ void db_device_stats(struct db_device *device, enum db_path path, struct db_path
         db_queue_stats(device->queues[path], out);
 }
 
+/* A range of the device is one range on each member that it touches. */
+struct part {
+    struct db_member *member;
+    uint64_t offset, length;
+};
+
+static struct part part_of(struct db_device *device, uint32_t member, uint64_t offset,
+                           uint64_t length)
+{
+    uint64_t start = db_stripes_before(&device->stripes, member, offset);
+    uint64_t end = db_stripes_before(&device->stripes, member, offset + length);
+    return (struct part){&device->members[member], start, end - start};
+}
+
 /* ---- I/O ------------------------------------------------------------------------------------- */
+
+/* The page cache is going to hold this, or does now. What it has got already of what NVMe commands
+ * have reached until now, because somebody else looked, may be old. */
+static void note_cached(struct db_device *device, const struct db_batch *batch, bool is_new)
+{
+    for (uint32_t i = 0; i < batch->io_count; i++) {
+        struct db_run rest = {batch->ios[i].offset, batch->ios[i].length}, run;
+        while (db_coherence_note(&device->coherence, &rest, &run)) {
+            for (uint32_t k = 0; is_new && k < device->stripes.member_count; k++) {
+                struct part part = part_of(device, k, run.offset, run.length);
+                if (part.length > 0)
+                    posix_fadvise(part.member->buffered_fd, (off_t)part.offset,
+                                  (off_t)part.length, POSIX_FADV_DONTNEED);
+            }
+        }
+    }
+}
+
+static bool notes_cached(const struct db_batch *batch)
+{
+    return batch->path == DB_PATH_PAGECACHE && batch->device->coherence.words;
+}
 
 static int check_io(const struct db_device *device, enum db_path path, const struct db_io *io)
 {
@@ -374,7 +473,10 @@ int db_batch_submit(struct db_batch *batch)
             return rc;
         batch->ios[i].error = 0;
         batch->ios[i].error_offset = 0;
+        batch->ios[i].nvme_status = 0;
     }
+    if (notes_cached(batch))
+        note_cached(device, batch, true);
     batch->submitted = true;
     db_queue_submit(device->queues[batch->path], batch);
     return 0;
@@ -385,46 +487,26 @@ int db_batch_wait(struct db_batch *batch, int64_t timeout_ns)
     if (batch->device->is_forked)
         return -ECHILD;
     assert(batch->submitted);
-    return db_queue_wait(batch->device->queues[batch->path], batch, timeout_ns);
+    int rc = db_queue_wait(batch->device->queues[batch->path], batch, timeout_ns);
+    if (!rc && notes_cached(batch)) /* it may have been dropped and forgotten in between */
+        note_cached(batch->device, batch, false);
+    return rc;
 }
 
 /* ---- registered memory ----------------------------------------------------------------------- */
 
-/* The kernel takes at most 1 GiB at once. A request across a border goes unregistered. */
-enum { REGISTERED_MAX = 1 << 30 };
-
-static uint64_t next_length(uint64_t length, uint64_t at)
-{
-    return length - at < REGISTERED_MAX ? length - at : REGISTERED_MAX;
-}
-
 int db_device_register(struct db_device *device, void *memory, uint64_t length)
 {
-    struct db_queue *queue = device->queues[DB_PATH_DIRECT];
     if (device->is_forked)
         return -ECHILD;
-    int rc = length > 0 ? 0 : -EINVAL;
-    uint64_t at = 0;
-    while (!rc && at < length) {
-        rc = db_queue_register(queue, (char *)memory + at, next_length(length, at));
-        if (!rc)
-            at += next_length(length, at);
-    }
-    if (rc)
-        for (uint64_t done = 0; done < at; done += REGISTERED_MAX)
-            db_queue_unregister(queue, (char *)memory + done, next_length(length, done));
-    return rc;
+    return db_queue_register(device->queues[DB_PATH_DIRECT], memory, length);
 }
 
 int db_device_unregister(struct db_device *device, void *memory, uint64_t length)
 {
     if (device->is_forked)
         return -ECHILD;
-    int rc = length > 0 ? 0 : -ENOENT;
-    for (uint64_t at = 0; !rc && at < length; at += REGISTERED_MAX)
-        rc = db_queue_unregister(device->queues[DB_PATH_DIRECT], (char *)memory + at,
-                                 next_length(length, at));
-    return rc;
+    return db_queue_unregister(device->queues[DB_PATH_DIRECT], memory, length);
 }
 
 /* ---- ranges ---------------------------------------------------------------------------------- */
@@ -437,34 +519,25 @@ static int check_range(const struct db_device *device, uint64_t offset, uint64_t
     return offset > size_bytes || length > size_bytes - offset ? -EINVAL : 0;
 }
 
-int db_device_flush(struct db_device *device, uint32_t *failed)
+/* An error that a member gave, which may be an NVMe status: then it is -EIO. */
+static int failed_on(struct db_failure *failed, uint32_t member, int error)
+{
+    *failed = (struct db_failure){.member = member, .nvme_status = error > 0 ? (uint16_t)error : 0};
+    return error > 0 ? -EIO : error;
+}
+
+int db_device_flush(struct db_device *device, struct db_failure *failed)
 {
     int rc = 0;
-    *failed = device->stripes.member_count;
+    *failed = (struct db_failure){.member = device->stripes.member_count};
     if (device->is_forked)
         return -ECHILD;
     for (uint32_t i = 0; i < device->stripes.member_count; i++) {
         int error = db_member_flush(&device->members[i]);
-        if (error && !rc) {
-            rc = error;
-            *failed = i;
-        }
+        if (error && !rc)
+            rc = failed_on(failed, i, error);
     }
     return rc;
-}
-
-/* A range of the device is one range on each member that it touches. */
-struct part {
-    struct db_member *member;
-    uint64_t offset, length;
-};
-
-static struct part part_of(struct db_device *device, uint32_t member, uint64_t offset,
-                           uint64_t length)
-{
-    uint64_t start = db_stripes_before(&device->stripes, member, offset);
-    uint64_t end = db_stripes_before(&device->stripes, member, offset + length);
-    return (struct part){&device->members[member], start, end - start};
 }
 
 typedef int part_call(const struct part *part, void *context);
@@ -472,16 +545,16 @@ typedef int part_call(const struct part *part, void *context);
 /* Calls this for each member's part of a range; *failed is the member that refuses, or their count
  * if it is the range. */
 static int call_parts(struct db_device *device, uint64_t offset, uint64_t length, part_call *call,
-                      void *context, uint32_t *failed)
+                      void *context, struct db_failure *failed)
 {
-    *failed = device->stripes.member_count;
+    *failed = (struct db_failure){.member = device->stripes.member_count};
     int rc = check_range(device, offset, length);
     for (uint32_t i = 0; !rc && i < device->stripes.member_count; i++) {
         struct part part = part_of(device, i, offset, length);
         if (part.length > 0) /* the kernel takes a length of 0 as the rest of the file */
             rc = call(&part, context);
         if (rc)
-            *failed = i;
+            rc = failed_on(failed, i, rc);
     }
     return rc;
 }
@@ -493,9 +566,9 @@ static int discard_part(const struct part *part, void *context)
 }
 
 int db_device_discard(struct db_device *device, uint64_t offset, uint64_t length,
-                      uint32_t *failed)
+                      struct db_failure *failed)
 {
-    *failed = device->stripes.member_count;
+    *failed = (struct db_failure){.member = device->stripes.member_count};
     int rc = check_range(device, offset, length);
     if (!rc && length > 0 && device->options.read_only)
         rc = -EBADF;
@@ -508,15 +581,9 @@ static int write_back_part(const struct part *part, void *wait)
 }
 
 int db_device_write_back(struct db_device *device, uint64_t offset, uint64_t length, bool wait,
-                         uint32_t *failed)
+                         struct db_failure *failed)
 {
     return call_parts(device, offset, length, write_back_part, &wait, failed);
-}
-
-static int drop_cached_part(const struct part *part, void *context)
-{
-    (void)context;
-    return db_member_drop_cached(part->member, part->offset, part->length);
 }
 
 int db_device_write_back_failures(struct db_device *device, uint64_t *out)
@@ -529,8 +596,37 @@ int db_device_write_back_failures(struct db_device *device, uint64_t *out)
     return 0;
 }
 
+static int count_part(const struct part *part, void *out)
+{
+    return db_cached_count(part->member->buffered_fd, part->offset, part->length, out);
+}
+
+int db_device_cached(struct db_device *device, uint64_t offset, uint64_t length,
+                     struct db_cached *out, struct db_failure *failed)
+{
+    memset(out, 0, sizeof(*out));
+    return call_parts(device, offset, length, count_part, out, failed);
+}
+
+/* From now on NVMe commands may reach what is no longer in the page cache. Pages that are in use
+ * stay there, and then so does the note of them. */
+static void forget_dropped(struct db_device *device, uint64_t offset, uint64_t length)
+{
+    struct db_cached left;
+    struct db_failure failed;
+    if (db_coherence_has(&device->coherence, offset, length) &&
+        db_device_cached(device, offset, length, &left, &failed) == 0 && left.resident_bytes == 0)
+        db_coherence_forget(&device->coherence, offset, length);
+}
+
+static int drop_cached_part(const struct part *part, void *context)
+{
+    (void)context;
+    return db_member_drop_cached(part->member, part->offset, part->length);
+}
+
 int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t length,
-                          uint64_t failures, uint32_t *failed)
+                          uint64_t failures, struct db_failure *failed)
 {
     int rc = db_device_write_back(device, offset, length, true, failed);
     uint64_t now = failures;
@@ -538,19 +634,11 @@ int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t le
         rc = db_device_write_back_failures(device, &now);
     if (!rc && now != failures)
         rc = -ECANCELED;
-    return rc ? rc : call_parts(device, offset, length, drop_cached_part, NULL, failed);
-}
-
-static int count_part(const struct part *part, void *out)
-{
-    return db_cached_count(part->member->buffered_fd, part->offset, part->length, out);
-}
-
-int db_device_cached(struct db_device *device, uint64_t offset, uint64_t length,
-                     struct db_cached *out, uint32_t *failed)
-{
-    memset(out, 0, sizeof(*out));
-    return call_parts(device, offset, length, count_part, out, failed);
+    if (!rc)
+        rc = call_parts(device, offset, length, drop_cached_part, NULL, failed);
+    if (!rc && device->coherence.words)
+        forget_dropped(device, offset, length);
+    return rc;
 }
 
 int db_device_map(struct db_device *device, uint64_t offset, uint64_t length,

@@ -24,7 +24,7 @@
 #define DB_MEMBERS_MAX 64u
 
 enum db_path {
-    DB_PATH_DIRECT = 0,    /* past the page cache: O_DIRECT */
+    DB_PATH_DIRECT = 0,    /* past the page cache: O_DIRECT, or NVMe commands */
     DB_PATH_PAGECACHE = 1, /* through the page cache: buffered I/O */
     DB_PATH_COUNT = 2,
 };
@@ -32,10 +32,11 @@ enum db_path {
 enum db_direction { DB_READ = 0, DB_WRITE = 1 };
 
 enum db_engine_id {
-    DB_ENGINE_AUTO = 0, /* the first of uring, aio, threads that works here */
+    DB_ENGINE_AUTO = 0, /* the first of nvme, uring, aio, threads that works here */
     DB_ENGINE_URING = 1,
     DB_ENGINE_AIO = 2,
     DB_ENGINE_THREADS = 3,
+    DB_ENGINE_NVME = 4, /* commands to an NVMe namespace, by its character device */
 };
 
 struct db_device_options {
@@ -116,20 +117,24 @@ int db_device_register(struct db_device *device, void *memory, uint64_t length);
 /* -ENOENT: nothing is registered with this start and length. */
 int db_device_unregister(struct db_device *device, void *memory, uint64_t length);
 
-/* In each of these *failed is the member that the error is about, or the number of members. */
+/* In each of these *failed is what the error is about. */
+struct db_failure {
+    uint32_t member;      /* or the number of members */
+    uint16_t nvme_status; /* not 0: what the drive answered; the error is -EIO then */
+};
 
 /* What was written reaches the medium (fdatasync): of every member, whatever becomes of one.
  * -EIO and what fdatasync(2) gives. */
-int db_device_flush(struct db_device *device, uint32_t *failed);
+int db_device_flush(struct db_device *device, struct db_failure *failed);
 /* The content of a range is no longer needed and reads as anything. -EOPNOTSUPP if it can't. */
 int db_device_discard(struct db_device *device, uint64_t offset, uint64_t length,
-                      uint32_t *failed);
+                      struct db_failure *failed);
 /* Starts to write a range's dirty pages back, without waiting, as far as the drive's queue takes
  * them; with `wait` returns when all are written, which is not yet on the medium. The error of a
  * write-back of another range that failed meanwhile may come up here, and does so again in
  * db_device_flush(). -EIO, -ENOSPC, -ENOMEM. */
 int db_device_write_back(struct db_device *device, uint64_t offset, uint64_t length, bool wait,
-                         uint32_t *failed);
+                         struct db_failure *failed);
 /* How often a write-back of this device has failed since it was opened, as far as the kernel knows
  * by now, whoever asked for it and whoever was told. The kernel takes the pages for clean then, and
  * may drop them: a range whose pages were dirty, and that were written back between two calls that
@@ -140,7 +145,7 @@ int db_device_write_back_failures(struct db_device *device, uint64_t *out);
 /* Writes a range's dirty pages back and drops it from the page cache. -ECANCELED, and nothing is
  * dropped: there have been other than so many failures, and what is cached may be all there is. */
 int db_device_drop_cached(struct db_device *device, uint64_t offset, uint64_t length,
-                          uint64_t failures, uint32_t *failed);
+                          uint64_t failures, struct db_failure *failed);
 
 /* What the page cache holds of a range, in whole pages. */
 struct db_cached {
@@ -154,7 +159,7 @@ struct db_cached {
 };
 /* -ENOSYS: the kernel does not say. */
 int db_device_cached(struct db_device *device, uint64_t offset, uint64_t length,
-                     struct db_cached *out, uint32_t *failed);
+                     struct db_cached *out, struct db_failure *failed);
 /* The same of all of a file or block device that need not be a device of ours, nor free. Neither
  * locks nor reads it. -ENOSYS, -EISDIR, -ENOTBLK, and what open(2) gives. */
 int db_cached_of_path(const char *path, struct db_cached *out);
@@ -181,6 +186,7 @@ struct db_io {
     /* results */
     int error;             /* 0 or the -errno of the first of its pieces that failed */
     uint64_t error_offset; /* where on the device */
+    uint16_t nvme_status;  /* not 0: what the drive answered there; error is -EIO then */
 };
 
 struct db_batch {
@@ -303,5 +309,9 @@ void db_counters(struct db_counters *out);
  * "LVM2_member" in name; an empty name when it finds nothing.
  * -ENOSYS: there is no libblkid; -errno of open(2). */
 int db_find_signature(const char *path, char *name, size_t name_size);
+/* The path of the other node of an NVMe namespace: of its block device (/dev/nvme0n1) if this is
+ * the number of its character device (/dev/ng0n1), else the other way. -ENOTBLK: it is no
+ * namespace, but maybe a part of one; -ENODEV, -ENOENT: it has no such node here; -ENAMETOOLONG. */
+int db_nvme_sibling(uint64_t device, bool is_character, char *path, size_t path_size);
 
 #endif

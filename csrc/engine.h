@@ -10,6 +10,7 @@
 #define DUALBLADE_ENGINE_H
 
 #include "dualblade.h"
+#include "nvme.h"
 #include "regions.h"
 
 #include <assert.h>
@@ -24,7 +25,10 @@ struct db_request {
     uint64_t offset;
     uint32_t length;
     int32_t slot;   /* of the registered memory that buffer lies in, or DB_REGION_NONE */
-    int64_t result; /* bytes moved, or -errno */
+    bool by_block_device; /* engine_nvme.c: the page cache may hold some of it */
+    int64_t result;       /* bytes moved, or -errno */
+    uint16_t nvme_status; /* not 0: what the drive answered; result is -EIO then */
+    uint32_t error_at;    /* bytes from the beginning to what failed, if the engine knows */
 
     /* queue.c: the piece of a batch that this request carries */
     struct db_request *next;
@@ -43,17 +47,20 @@ struct db_request {
     bool busy;
 
     uint32_t begun_bytes; /* engine_threads.c: moved so far of a read that met a gap */
-    struct iocb iocb;     /* engine_aio.c */
+    uint32_t sent_bytes, left_bytes; /* engine_nvme.c: in commands; of these, not done */
+    struct iocb iocb;                /* engine_aio.c */
 };
 
 struct db_engine_config {
     const int *fds; /* the files of all requests, so that they can be registered; until open()
                        returns */
+    const struct db_nvme_namespace *const *spaces; /* engine_nvme.c: of each file; until open()
+                                                      returns */
     uint32_t fd_count;
     uint32_t depth;   /* requests that can be in flight at once */
     uint32_t threads; /* engine_threads.c */
     bool is_buffered; /* the files are reached through the page cache */
-    bool sqpoll, iopoll; /* engine_uring.c */
+    bool sqpoll, iopoll; /* engine_uring.c, engine_nvme.c */
     /* For engines with threads of their own: called there, without locks, before a request moves
      * and after its result is known, so that checksums and copies run beside each other. */
     void (*before)(struct db_request *request, void *context);
@@ -86,11 +93,15 @@ struct db_engine_ops {
      * kernel; -EFAULT: not the process's memory. */
     int (*add_memory)(struct db_engine *engine, int32_t slot, void *start, uint64_t length);
     void (*remove_memory)(struct db_engine *engine, int32_t slot);
+    /* How long a run of memory is that add_memory() takes at most: a power of two, the same for as
+     * long as the engine is open. NULL: REGION_DEFAULT_BYTES of queue.c. */
+    uint64_t (*region_bytes)(const struct db_engine *engine);
     void (*close)(struct db_engine *engine);
     /* In the child after a fork: closes file descriptors, touches nothing else. */
     void (*abandon)(struct db_engine *engine);
 };
 
-extern const struct db_engine_ops db_engine_uring, db_engine_aio, db_engine_threads;
+extern const struct db_engine_ops db_engine_uring, db_engine_nvme, db_engine_aio,
+    db_engine_threads;
 
 #endif

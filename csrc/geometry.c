@@ -15,8 +15,7 @@
 
 enum { TRANSFER_UNKNOWN_BYTES = 128 * 1024 }; /* the smallest limit that drives commonly have */
 
-/* An attribute of the block queue under a device number; a partition's is its parent's. */
-static int read_queue_attribute(dev_t device, const char *name, uint64_t *value)
+int db_queue_attribute(dev_t device, const char *name, uint64_t *value)
 {
     static const char *const places[] = {"/sys/dev/block/%u:%u/queue/%s",
                                          "/sys/dev/block/%u:%u/../queue/%s"};
@@ -90,12 +89,12 @@ int db_geometry_read(int fd, bool is_block_device, struct db_geometry *out)
     dev_t queue = is_block_device ? status.st_rdev : status.st_dev;
     uint64_t value;
     out->max_transfer_bytes = TRANSFER_UNKNOWN_BYTES;
-    if (read_queue_attribute(queue, "max_sectors_kb", &value) == 0 && value > 0)
+    if (db_queue_attribute(queue, "max_sectors_kb", &value) == 0 && value > 0)
         out->max_transfer_bytes = value * 1024;
     out->can_discard = !is_block_device;
-    if (is_block_device && read_queue_attribute(queue, "discard_max_bytes", &value) == 0)
+    if (is_block_device && db_queue_attribute(queue, "discard_max_bytes", &value) == 0)
         out->can_discard = value > 0;
-    out->can_poll = read_queue_attribute(queue, "io_poll", &value) != 0 || value > 0;
+    out->can_poll = db_queue_attribute(queue, "io_poll", &value) != 0 || value > 0;
     return 0;
 }
 

@@ -4,11 +4,17 @@
 
 #include "dualblade.h"
 
+#include <sys/types.h>
+
 /* Fills everything but has_direct. -EINVAL: empty; -EOPNOTSUPP: blocks larger than ours. */
 int db_geometry_read(int fd, bool is_block_device, struct db_geometry *out);
 
 /* What suits this geometry and one more; size_bytes is the smaller one. */
 void db_geometry_join(struct db_geometry *all, const struct db_geometry *one);
+
+/* An attribute of the block queue under a device number, such as "max_sectors_kb"; a partition's is
+ * its parent's. -ENOENT, -EIO. */
+int db_queue_attribute(dev_t device, const char *name, uint64_t *value);
 
 /* What statx(2) says of direct I/O here; -EOPNOTSUPP where kernel or filesystem say nothing.
  * Zero alignments mean that there is no direct I/O. */

@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
+#include <stdio.h>
 #include <sys/file.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
@@ -14,10 +15,18 @@
 int db_member_identify(const char *path, struct db_member *member)
 {
     struct stat status;
-    *member = (struct db_member){.direct_fd = -1, .buffered_fd = -1, .watch_fd = -1};
+    *member = (struct db_member){
+        .direct_fd = -1, .buffered_fd = -1, .watch_fd = -1, .space.fd = -1};
     pthread_mutex_init(&member->watch_lock, NULL);
     if (stat(path, &status) < 0)
         return -errno;
+    if (S_ISCHR(status.st_mode)) {
+        int rc = db_nvme_sibling(status.st_rdev, true, member->node, sizeof(member->node));
+        if (rc)
+            return rc;
+        if (stat(member->node, &status) < 0)
+            return -errno;
+    }
     if (S_ISDIR(status.st_mode))
         return -EISDIR;
     if (!S_ISREG(status.st_mode) && !S_ISBLK(status.st_mode))
@@ -55,7 +64,7 @@ static int open_descriptors(const char *path, bool read_only, struct db_member *
 
 int db_member_open(const char *path, bool read_only, struct db_member *member)
 {
-    int rc = open_descriptors(path, read_only, member);
+    int rc = open_descriptors(member->node[0] ? member->node : path, read_only, member);
     if (rc)
         return rc;
     (void)db_member_write_back_failures(member); /* what failed before is not about us */
@@ -66,8 +75,46 @@ int db_member_open(const char *path, bool read_only, struct db_member *member)
     return rc;
 }
 
+/* What others have read of the block device, and the kernel would not know to be old. */
+static void forget_all_cached(struct db_member *member)
+{
+    unsigned all = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
+    (void)sync_file_range(member->direct_fd, 0, 0, all); /* errors are for the next flush to tell */
+    posix_fadvise(member->buffered_fd, 0, 0, POSIX_FADV_DONTNEED);
+}
+
+/* Whether anybody writes to it whom commands would not see: it is not ours alone. */
+static int check_unclaimed(const struct db_member *member)
+{
+    char path[sizeof("/proc/self/fd/-2147483648")];
+    snprintf(path, sizeof(path), "/proc/self/fd/%d", member->buffered_fd);
+    int fd = open(path, O_RDONLY | O_EXCL | O_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    close(fd);
+    return 0;
+}
+
+int db_member_use_nvme(struct db_member *member, bool read_only)
+{
+    int rc = read_only && member->geometry.is_block_device ? check_unclaimed(member) : 0;
+    if (!rc)
+        rc = db_nvme_open(member->buffered_fd, read_only, &member->space);
+    if (!rc)
+        forget_all_cached(member);
+    return rc;
+}
+
+void db_member_leave_nvme(struct db_member *member)
+{
+    if (member->space.fd >= 0)
+        forget_all_cached(member);
+    db_nvme_close(&member->space);
+}
+
 void db_member_close(struct db_member *member)
 {
+    db_member_leave_nvme(member);
     if (member->direct_fd >= 0)
         close(member->direct_fd);
     if (member->watch_fd >= 0)
@@ -84,6 +131,7 @@ void db_member_abandon(struct db_member *member)
     close(member->direct_fd);
     close(member->buffered_fd);
     close(member->watch_fd);
+    db_nvme_close(&member->space);
 }
 
 /* ---- write-back, and what became of it ------------------------------------------------------- */
@@ -136,15 +184,27 @@ uint64_t db_member_write_back_failures(struct db_member *member)
     return failures;
 }
 
+/* fdatasync(2). With NVMe commands it is two steps, of which the second is the drive's: the kernel
+ * leaves it out where it has been told that the drive's cache needs none. */
+static int sync_all(const struct db_member *member)
+{
+    if (member->space.fd < 0)
+        return fdatasync(member->buffered_fd) < 0 ? -errno : 0;
+    unsigned all = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
+    if (sync_file_range(member->buffered_fd, 0, 0, all) < 0)
+        return -errno;
+    return db_nvme_flush(&member->space);
+}
+
 int db_member_flush(struct db_member *member)
 {
-    (void)news_of(member->buffered_fd); /* old, and counted: fdatasync() is to tell what is new */
-    int rc = fdatasync(member->buffered_fd) < 0 ? -errno : 0;
+    (void)news_of(member->buffered_fd); /* old, and counted: sync_all() is to tell what is new */
+    int status = sync_all(member);
     pthread_mutex_lock(&member->watch_lock);
-    rc = outcome(member, rc, member->failures_told);
+    int rc = outcome(member, status > 0 ? -EIO : status, member->failures_told);
     member->failures_told = member->write_back_failures;
     pthread_mutex_unlock(&member->watch_lock);
-    return rc;
+    return status > 0 ? status : rc;
 }
 
 int db_member_write_back(struct db_member *member, uint64_t offset, uint64_t length, bool wait)
@@ -172,6 +232,13 @@ int db_member_drop_cached(struct db_member *member, uint64_t offset, uint64_t le
 int db_member_discard(struct db_member *member, uint64_t offset, uint64_t length)
 {
     int rc;
+    if (member->space.fd >= 0 && member->space.deallocate_bytes > 0) {
+        /* Of what is dirty nothing is to be written when the range is another's. */
+        rc = db_member_write_back(member, offset, length, true);
+        if (!rc)
+            rc = db_member_drop_cached(member, offset, length);
+        return rc ? rc : db_nvme_deallocate(&member->space, offset, length);
+    }
     if (member->geometry.is_block_device) {
         uint64_t range[2] = {offset, length};
         rc = ioctl(member->buffered_fd, BLKDISCARD, range);

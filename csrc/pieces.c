@@ -179,6 +179,9 @@ static struct db_request *carve(struct db_queue *queue, struct db_batch *batch)
         db_request_size_started(size, db_now_ns());
     db_piece_point_at_rest(queue, request);
     request->slot = db_regions_find(&queue->regions, request->buffer, request->piece_bytes);
+    request->by_block_device =
+        queue->config.coherence &&
+        db_coherence_has(queue->config.coherence, request->piece_offset, request->piece_bytes);
     assert(request->offset % queue->config.lba_bytes == 0);
     assert(request->length % queue->config.lba_bytes == 0);
     batch->next_byte += length;

@@ -27,11 +27,19 @@ enum {
     REAP_MAX = 64,
     SLOT_BYTES = 256 << 10, /* of staging, or one chunk where that is more */
     RETRIES_MAX = 64,       /* of a request that moved nothing: EINTR, EAGAIN, less than a block */
+    NVME_RETRIES_MAX = 5,   /* where the drive does not say that it is of no use */
+    NVME_DO_NOT_RETRY = 1 << 14,      /* in a status */
+    REGION_DEFAULT_BYTES = 1 << 30, /* the kernel registers at most so much at once */
     /* The longest wait in the kernel. A request that the kernel would not take, when another
      * thread committed it, is the engine's to hand back and wakes nobody who waits there. */
     REAP_SLICE_NS = 100000000,
     REAP_MANY_NS = 2000000, /* and for several, of which others may want but the first */
 };
+
+static uint64_t least(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
 
 /* ---- feeding the engine (lock held) ---------------------------------------------------------- */
 
@@ -91,9 +99,10 @@ static void release(struct db_queue *queue, struct db_request *request)
 static void fail(struct db_queue *queue, struct db_request *request, int error)
 {
     /* Pieces end in any order: what is reported is where the trouble begins. */
-    uint64_t offset = request->piece_offset + request->moved_bytes;
+    uint64_t offset = request->piece_offset + request->moved_bytes + request->error_at;
     if (!request->io->error || offset < request->io->error_offset) {
         request->io->error = error;
+        request->io->nvme_status = request->nvme_status;
         request->io->error_offset = offset;
     }
     if (error == -EBADMSG)
@@ -129,6 +138,13 @@ static void succeed(struct db_queue *queue, struct db_request *request)
 static void complete(struct db_queue *queue, struct db_request *request)
 {
     int64_t result = request->result;
+    if (request->nvme_status) {
+        if (!(request->nvme_status & NVME_DO_NOT_RETRY) && request->retries++ < NVME_RETRIES_MAX)
+            resume(queue, request);
+        else
+            fail(queue, request, (int)result);
+        return;
+    }
     /* ECANCELED: nobody here cancels, but io_uring does when the thread that submitted ends. */
     if (result == -EINTR || result == -EAGAIN || result == -ECANCELED) {
         if (request->retries++ < RETRIES_MAX)
@@ -377,13 +393,15 @@ static int allocate_pool(struct db_queue *queue)
     return 0;
 }
 
-int db_queue_register(struct db_queue *queue, void *memory, uint64_t length)
+static uint64_t region_bytes(const struct db_queue *queue)
 {
     const struct db_engine_ops *engine = queue->config.engine;
-    if (length == 0 || !memory)
-        return -EINVAL;
-    if (!engine->add_memory)
-        return -EOPNOTSUPP;
+    return engine->region_bytes ? engine->region_bytes(queue->engine) : REGION_DEFAULT_BYTES;
+}
+
+static int register_region(struct db_queue *queue, void *memory, uint64_t length)
+{
+    const struct db_engine_ops *engine = queue->config.engine;
     pthread_mutex_lock(&queue->lock);
     int32_t slot = db_regions_take_slot(&queue->regions);
     pthread_mutex_unlock(&queue->lock);
@@ -402,7 +420,7 @@ int db_queue_register(struct db_queue *queue, void *memory, uint64_t length)
     return rc;
 }
 
-int db_queue_unregister(struct db_queue *queue, void *memory, uint64_t length)
+static int unregister_region(struct db_queue *queue, void *memory, uint64_t length)
 {
     pthread_mutex_lock(&queue->lock);
     int32_t slot = db_regions_remove(&queue->regions, memory, length);
@@ -415,6 +433,31 @@ int db_queue_unregister(struct db_queue *queue, void *memory, uint64_t length)
     }
     pthread_mutex_unlock(&queue->lock);
     return slot == DB_REGION_NONE ? -ENOENT : 0;
+}
+
+/* A request across the border of two regions goes unregistered. */
+int db_queue_register(struct db_queue *queue, void *memory, uint64_t length)
+{
+    uint64_t each = region_bytes(queue);
+    uint64_t at = 0;
+    int rc = length > 0 && memory ? 0 : -EINVAL;
+    if (!rc && !queue->config.engine->add_memory)
+        rc = -EOPNOTSUPP;
+    for (; !rc && at < length; at += rc ? 0 : each)
+        rc = register_region(queue, (char *)memory + at, least(length - at, each));
+    if (rc)
+        for (uint64_t done = 0; done < at; done += each)
+            unregister_region(queue, (char *)memory + done, least(length - done, each));
+    return rc;
+}
+
+int db_queue_unregister(struct db_queue *queue, void *memory, uint64_t length)
+{
+    uint64_t each = region_bytes(queue);
+    int rc = length > 0 ? 0 : -ENOENT;
+    for (uint64_t at = 0; !rc && at < length; at += each)
+        rc = unregister_region(queue, (char *)memory + at, least(length - at, each));
+    return rc;
 }
 
 /* As much of it as RLIMIT_MEMLOCK allows. With the rest each request looks its pages up: slower, no
@@ -463,6 +506,7 @@ int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
     if (!rc) {
         struct db_engine_config engine = {
             .fds = queue->fds,
+            .spaces = config->spaces,
             .fd_count = config->stripes.member_count,
             .depth = config->depth,
             .threads = config->threads,
@@ -479,6 +523,7 @@ int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
         free_pool(queue);
         return rc;
     }
+    queue->config.spaces = NULL; /* the caller's */
     if (queue->staging)
         register_staging(queue);
     *out = queue;

@@ -2,12 +2,15 @@
 #ifndef DUALBLADE_QUEUE_H
 #define DUALBLADE_QUEUE_H
 
+#include "coherence.h"
 #include "engine.h"
 #include "stripes.h"
 
 struct db_queue_config {
     const struct db_engine_ops *engine;
     const int *fds; /* of the members; until db_queue_open() returns */
+    const struct db_nvme_namespace *const *spaces; /* likewise; NULL where they are none */
+    const struct db_coherence *coherence;          /* of direct NVMe commands; else NULL */
     struct db_stripes stripes;
     uint32_t depth;
     uint32_t threads;
@@ -35,8 +38,8 @@ int db_queue_probe(struct db_queue *queue);
 const char *db_queue_engine_name(const struct db_queue *queue);
 void db_queue_stats(struct db_queue *queue, struct db_path_stats *out);
 
-/* Registers memory with the engine. -EOPNOTSUPP, -ENOMEM, -EFAULT as the engine says; -ENOSPC: too
- * many; -EINVAL: empty. */
+/* Registers memory with the engine, in pieces where it is long. -EOPNOTSUPP, -ENOMEM, -EFAULT as
+ * the engine says; -ENOSPC: too many; -EINVAL: empty. */
 int db_queue_register(struct db_queue *queue, void *memory, uint64_t length);
 /* -ENOENT if exactly this was not registered. What is in flight may go on using it. */
 int db_queue_unregister(struct db_queue *queue, void *memory, uint64_t length);

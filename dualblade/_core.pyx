@@ -32,9 +32,11 @@ from cpython.exc cimport PyErr_CheckSignals
 from cpython.long cimport PyLong_AsLongLongAndOverflow
 from cpython.number cimport PyNumber_Index
 from libc.errno cimport (
+    EACCES,
     EAGAIN,
     EBADF,
     EBADMSG,
+    EBUSY,
     ECHILD,
     EEXIST,
     EFAULT,
@@ -45,6 +47,7 @@ from libc.errno cimport (
     ENOMEM,
     ENOSPC,
     ENOSYS,
+    ENOTBLK,
     EOPNOTSUPP,
     EPERM,
     ETIMEDOUT,
@@ -59,6 +62,7 @@ from dualblade.csrc cimport *
 import math
 import operator
 import os
+import stat
 import time
 from typing import NamedTuple
 
@@ -71,12 +75,16 @@ from dualblade.errors import (
     NoSpaceError,
     UnsupportedError,
     device_error,
+    nvme_error,
 )
 
 
 cdef extern from "<errno.h>":
     enum:
+        EMEDIUMTYPE
         ENOTUNIQ
+        EREMOTEIO
+        ESTALE
 
 cdef extern from "Python.h":
     int PyErr_ResourceWarning(object source, Py_ssize_t level, const char *fmt, ...) except -1
@@ -86,6 +94,7 @@ BLOCK_BYTES = DB_BLOCK_BYTES
 
 _ENGINES = {
     "auto": DB_ENGINE_AUTO,
+    "nvme": DB_ENGINE_NVME,
     "uring": DB_ENGINE_URING,
     "aio": DB_ENGINE_AIO,
     "threads": DB_ENGINE_THREADS,
@@ -181,7 +190,8 @@ cdef class Device:
         order. stripe_bytes, a power of two of at least chunk_bytes, is what lies side by side on
         one of them. queue_depth and threads are for each.
 
-        engine is that of the direct path: "uring", "aio", "threads", or "auto" for the first of
+        engine is that of the direct path: "nvme" (commands to an NVMe namespace, for which
+        either of its nodes may be given), "uring", "aio", "threads", or "auto" for the first of
         these that works here. queue_depth: requests in flight, 1 to 4096. threads: workers of
         the page-cache path, 1 to 64. chunk_bytes is what one checksum covers. request_bytes is
         where larger transfers are split, a multiple of chunk_bytes; None: at what is measured to
@@ -191,7 +201,7 @@ cdef class Device:
         sqpoll: a kernel thread takes the requests, which costs no system call and up to a
         processor. iopoll: completions are polled for, which takes a processor while anything is
         in flight and saves the interrupt; only devices whose driver has queues for it can. Both
-        are io_uring's, on the direct path, and rule out the other engines.
+        are io_uring's, on the direct path, which "nvme" and "uring" use.
 
         Raises DeviceRefusedError if another process, a mount or the kernel holds it, ValueError
         for an option out of range, UnsupportedError for an engine or a way of polling that does
@@ -212,7 +222,7 @@ cdef class Device:
         options.read_only = bool(read_only)
         options.sqpoll = bool(sqpoll)
         options.iopoll = bool(iopoll)
-        if (sqpoll or iopoll) and engine not in ("auto", "uring"):
+        if (sqpoll or iopoll) and engine not in ("auto", "nvme", "uring"):
             raise ValueError(f"sqpoll and iopoll are io_uring's: engine {engine!r} has neither")
         if options.chunk_bytes & (options.chunk_bytes - 1):
             raise ValueError(f"chunk_bytes must be a power of two, got {chunk_bytes}")
@@ -256,7 +266,7 @@ cdef class Device:
         for name, number in _ENGINES.items():
             rc = db_device_engine_refusal(opened, number)
             if rc:
-                refused[name] = os.strerror(-rc)
+                refused[name] = _refusal(name, -rc)
         self.info = DeviceInfo(
             target=", ".join(targets),
             targets=targets,
@@ -412,14 +422,14 @@ cdef class Device:
 
     def flush(self):
         """Returns when what was written has reached the medium."""
-        cdef uint32_t failed
+        cdef db_failure failed
         cdef int rc
         self._pin()
         with nogil:
             rc = db_device_flush(self.ptr, &failed)
         self._unpin()
         if rc:
-            raise device_error(-rc, device=self._member(failed), operation="flush")
+            raise _device_error(-rc, failed.nvme_status, self._member(failed.member), "flush")
 
     cdef object _member(self, uint32_t failed):
         """The name of the member that failed; of all, where it is none in particular."""
@@ -469,7 +479,7 @@ cdef class Device:
                          str operation, uint64_t failures=DB_ANY_FAILURES) except -1:
         cdef uint64_t start = _bytes(offset, "offset")
         cdef uint64_t size = _bytes(length, "length")
-        cdef uint32_t failed
+        cdef db_failure failed
         cdef int rc
         self._pin()
         with nogil:
@@ -481,7 +491,7 @@ cdef class Device:
             else:
                 rc = db_device_drop_cached(self.ptr, start, size, failures, &failed)
         self._unpin()
-        self._check_range(rc, start, size, operation, failed)
+        self._check_range(rc, start, size, operation, &failed)
         return 0
 
     def cached_bytes(self, offset, length):
@@ -499,13 +509,13 @@ cdef class Device:
         cdef uint64_t start = _bytes(offset, "offset")
         cdef uint64_t size = _bytes(length, "length")
         cdef db_cached found
-        cdef uint32_t failed
+        cdef db_failure failed
         cdef int rc
         self._pin()
         with nogil:
             rc = db_device_cached(self.ptr, start, size, &found, &failed)
         self._unpin()
-        self._check_range(rc, start, size, "count the cached pages of", failed)
+        self._check_range(rc, start, size, "count the cached pages of", &failed)
         return _cache_state(&found)
 
     def map(self, offset, length):
@@ -519,6 +529,7 @@ cdef class Device:
         cdef uint64_t start = _bytes(offset, "offset")
         cdef uint64_t size = _bytes(length, "length")
         cdef Mapping mapping = Mapping.__new__(Mapping)
+        cdef db_failure failed = db_failure(0, 0)
         cdef int rc
         self._pin()
         with nogil:
@@ -529,15 +540,15 @@ cdef class Device:
                               "many mappings (vm.max_map_count) or too much locked memory")
         if rc == -ENODEV:
             rc = -EOPNOTSUPP
-        self._check_range(rc, start, size, "map", 0)
+        self._check_range(rc, start, size, "map", &failed)
         mapping.size = size
         return mapping
 
     cdef int _check_range(self, int rc, uint64_t offset, uint64_t length,
-                          str operation, uint32_t failed) except -1:
+                          str operation, const db_failure *failed) except -1:
         if rc == 0:
             return 0
-        target = self._member(failed)
+        target = self._member(failed.member)
         if rc == -EINVAL:
             raise ValueError(
                 f"cannot {operation} {length} bytes at {offset}: {self.info.target} has "
@@ -549,9 +560,8 @@ cdef class Device:
                 f"offer it ({os.strerror(-rc)})"
             )
         if self.info.stripe_bytes:  # the range is the device's, the error a member's
-            raise device_error(-rc, device=target, operation=operation)
-        raise device_error(-rc, device=target, operation=operation, offset=offset,
-                           length=length)
+            raise _device_error(-rc, failed.nvme_status, target, operation)
+        raise _device_error(-rc, failed.nvme_status, target, operation, offset, length)
 
     def stats(self):
         """Counters of each path: {"direct": {"reads": ...}, "pagecache": {...}}."""

@@ -23,6 +23,7 @@ cdef class Completion:
     cdef void *next
     # of the first request that failed
     cdef int error
+    cdef unsigned short nvme_status
     cdef uint64_t error_offset
     cdef uint64_t run_offset
     cdef uint64_t run_length
@@ -58,13 +59,9 @@ cdef class Completion:
             raise corruption
         if self.error:
             target, offset = self.device.info.place(self.error_offset)
-            raise device_error(
-                self.error,
-                device=target,
-                operation="write" if self.batch.direction == DB_WRITE else "read",
-                offset=offset,
-                length=self.run_length,
-            )
+            operation = "write" if self.batch.direction == DB_WRITE else "read"
+            raise _device_error(self.error, self.nvme_status, target, operation, offset,
+                                self.run_length)
 
     def done(self):
         """Whether every byte has moved, or what went wrong is known. Never blocks."""
@@ -108,6 +105,7 @@ cdef class Completion:
             io = &self.batch.ios[i]
             if io.error:
                 self.error = -io.error
+                self.nvme_status = io.nvme_status
                 self.error_offset = io.error_offset
                 self.run_offset = io.offset
                 self.run_length = io.length

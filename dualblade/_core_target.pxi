@@ -12,6 +12,66 @@ cdef list _paths(object target):
     return paths
 
 
+# Why NVMe commands can't be used, where the system's words for the number say something else.
+_NVME_REFUSALS = {
+    EBUSY: "others use it, and what they have written may not be on it yet",
+    ENODEV: "it is no NVMe namespace with a character device (/dev/ngXnY); a partition has none",
+    ENOENT: "its character device /dev/ngXnY is not in /dev",
+    EMEDIUMTYPE: "its blocks carry metadata; format the namespace without (nvme format --lbaf)",
+    ESTALE: "its character device is not of the same namespace",
+    EACCES: "this user may not read and write its character device /dev/ngXnY",
+    EPERM: "NVMe commands are not allowed to this process: before Linux 6.2 that takes "
+           "CAP_SYS_ADMIN, and a container may forbid it",
+    EOPNOTSUPP: "this kernel takes no NVMe commands by io_uring (Linux 5.19 does), or its blocks "
+                "are larger than 4096 bytes",
+    EREMOTEIO: "the drive did not say what it is",
+}
+
+
+cdef str _refusal(str engine, int error):
+    words = os.strerror(error)
+    return _NVME_REFUSALS.get(error, words) if engine == "nvme" else words
+
+
+cdef object _sibling(object path, bint is_character):
+    """The other node of the NVMe namespace of which this is the character or the block device."""
+    cdef char node[64]
+    cdef int rc
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    if not (stat.S_ISCHR if is_character else stat.S_ISBLK)(status.st_mode):
+        return None
+    rc = db_nvme_sibling(status.st_rdev, is_character, node, sizeof(node))
+    if rc == -ENOTBLK:
+        return None
+    if rc:
+        raise device_error(-rc, device=path, operation="find the other node of")
+    return node.decode()
+
+
+def nvme_block_node(path):
+    """The block device of the NVMe namespace whose character device (/dev/ngXnY) this is; None if
+    it is anything else. Raises DeviceError where that has none here."""
+    return _sibling(path, True)
+
+
+def nvme_character_node(path):
+    """The same the other way: the character device of an NVMe namespace's block device."""
+    return _sibling(path, False)
+
+
+cdef object _device_error(int error, unsigned short nvme_status, object device, str operation,
+                          object offset=None, object length=None):
+    """The exception for a failed operation: of the drive where it gave a status, else of the
+    kernel."""
+    if nvme_status:
+        return nvme_error(nvme_status, device=device, operation=operation, offset=offset,
+                          length=length)
+    return device_error(error, device=device, operation=operation, offset=offset, length=length)
+
+
 cdef int _raise_open_error(int error, tuple targets, uint32_t failed, str engine,
                            const db_device_options *options) except -1:
     target = targets[failed] if failed < len(targets) else ", ".join(targets)
@@ -22,6 +82,12 @@ cdef int _raise_open_error(int error, tuple targets, uint32_t failed, str engine
         raise UnsupportedError(
             f'engine "{engine}" is not available here ({os.strerror(error)}): '
             'use engine="auto"'
+        )
+    if engine == "nvme" and error in _NVME_REFUSALS and os.access(target, os.R_OK) \
+            and error != EBUSY:  # else it says nothing of the character device
+        raise UnsupportedError(
+            f'engine "nvme" can\'t be used on {target}: {_NVME_REFUSALS[error]}. '
+            'Use engine="auto"'
         )
     if options.sqpoll or options.iopoll:
         if error == EOPNOTSUPP and options.iopoll:

@@ -46,6 +46,7 @@ cdef extern from "dualblade.h" nogil:
         DB_ENGINE_URING
         DB_ENGINE_AIO
         DB_ENGINE_THREADS
+        DB_ENGINE_NVME
 
     struct db_device_options:
         db_engine_id engine
@@ -97,15 +98,19 @@ cdef extern from "dualblade.h" nogil:
     int db_device_engine_refusal(const db_device *device, db_engine_id engine) noexcept
     int db_device_register(db_device *device, void *memory, uint64_t length) noexcept
     int db_device_unregister(db_device *device, void *memory, uint64_t length) noexcept
-    int db_device_flush(db_device *device, uint32_t *failed) noexcept
+    struct db_failure:
+        uint32_t member
+        unsigned short nvme_status
+
+    int db_device_flush(db_device *device, db_failure *failed) noexcept
     int db_device_discard(db_device *device, uint64_t offset, uint64_t length,
-                          uint32_t *failed) noexcept
+                          db_failure *failed) noexcept
     int db_device_write_back(db_device *device, uint64_t offset, uint64_t length, bint wait,
-                             uint32_t *failed) noexcept
+                             db_failure *failed) noexcept
     int db_device_write_back_failures(db_device *device, uint64_t *out) noexcept
     const uint64_t DB_ANY_FAILURES
     int db_device_drop_cached(db_device *device, uint64_t offset, uint64_t length,
-                              uint64_t failures, uint32_t *failed) noexcept
+                              uint64_t failures, db_failure *failed) noexcept
     struct db_cached:
         uint64_t resident_bytes
         uint64_t dirty_bytes
@@ -115,7 +120,7 @@ cdef extern from "dualblade.h" nogil:
         bint resident_only
 
     int db_device_cached(db_device *device, uint64_t offset, uint64_t length,
-                         db_cached *out, uint32_t *failed) noexcept
+                         db_cached *out, db_failure *failed) noexcept
     int db_cached_of_path(const char *path, db_cached *out) noexcept
 
     struct db_mapping:
@@ -132,6 +137,7 @@ cdef extern from "dualblade.h" nogil:
         uint64_t *checksums
         int error
         uint64_t error_offset
+        unsigned short nvme_status
 
     struct db_batch:
         db_device *device
@@ -195,5 +201,8 @@ cdef extern from "dualblade.h" nogil:
     ctypedef struct db_counters_t "struct db_counters":
         int64_t devices, requests, batches, buffers, extent_maps, tails, mappings
     void db_counters(db_counters_t *out) noexcept
+
+    int db_nvme_sibling(uint64_t device, bint is_character, char *path,
+                        size_t path_size) noexcept
 
     int db_find_signature(const char *path, char *name, size_t name_size) noexcept

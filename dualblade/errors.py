@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno as errnos
 import os
 
+from dualblade import nvme_status
+
 
 class DualbladeError(Exception):
     """Whatever dualblade raises on its own account."""
@@ -48,7 +50,8 @@ class DeviceError(_OSErrorText, DualbladeError, OSError):
 
 
 class NvmeError(DeviceError):
-    """An NVMe command failed: `sct` is its status code type, `sc` its status code.
+    """An NVMe command failed: `sct` is its status code type, `sc` its status code, `name` what the
+    specification calls them; with `dnr` the same command would fail again.
 
     A status is not an errno: `errno` stays None unless the kernel gave one beside it.
     """
@@ -58,6 +61,8 @@ class NvmeError(DeviceError):
         *args: object,
         sct: int | None = None,
         sc: int | None = None,
+        dnr: bool | None = None,
+        name: str | None = None,
         device: str | None = None,
         operation: str | None = None,
         offset: int | None = None,
@@ -66,6 +71,8 @@ class NvmeError(DeviceError):
         super().__init__(*args, device=device, operation=operation, offset=offset, length=length)
         self.sct = sct
         self.sc = sc
+        self.dnr = dnr
+        self.name = name
 
 
 class NoSpaceError(DeviceError):
@@ -256,6 +263,45 @@ _MEANING: dict[int, tuple[str, str]] = {
 }
 
 
+def nvme_error(
+    status: int,
+    *,
+    device: str | os.PathLike[str],
+    operation: str,
+    offset: int | None = None,
+    length: int | None = None,
+) -> NvmeError:
+    """The exception for an NVMe command that a drive answered with this status, which is not 0.
+
+    The rest is as of device_error.
+    """
+    target = os.fspath(device)
+    found = nvme_status.decode(status)
+    final = ", do not retry" if found.dnr else ""
+    return NvmeError(
+        f"{_subject(operation, offset, length)} on {target} failed: the drive answered "
+        f"{found.name!r} (NVMe status type {found.sct:#x}, code {found.sc:#04x}{final}). "
+        f"{found.advice}",
+        sct=found.sct,
+        sc=found.sc,
+        dnr=found.dnr,
+        name=found.name,
+        device=target,
+        operation=operation,
+        offset=offset,
+        length=length,
+    )
+
+
+def _subject(operation: str, offset: int | None, length: int | None) -> str:
+    subject = operation
+    if length is not None:
+        subject += f" of {length} bytes"
+    if offset is not None:
+        subject += f" at offset {offset}"
+    return subject
+
+
 def device_error(
     errno: int,
     *,
@@ -271,11 +317,7 @@ def device_error(
     the device (EBUSY, EWOULDBLOCK) gives DeviceRefusedError; the rest is DeviceError.
     """
     target = os.fspath(device)
-    subject = operation
-    if length is not None:
-        subject += f" of {length} bytes"
-    if offset is not None:
-        subject += f" at offset {offset}"
+    subject = _subject(operation, offset, length)
     name = errnos.errorcode.get(errno, "an errno without a name")
     if errno in _MEANING:
         happened, advice = _MEANING[errno]

@@ -191,7 +191,7 @@ static void test_places(struct db_device *device)
         struct db_path_stats before, after;
         struct db_io io = {.offset = start, .buffer = memory + start,
                            .length = sizeof(memory) - start};
-        uint32_t failed;
+        struct db_failure failed;
         db_device_stats(device, DB_PATH_DIRECT, &before);
         run_batch(device, DB_PATH_DIRECT, DB_WRITE, &io, 1);
         db_device_stats(device, DB_PATH_DIRECT, &after);

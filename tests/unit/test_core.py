@@ -296,7 +296,7 @@ def test_reads_need_writable_memory(device: _core.Device) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"engine": "spdk"}, "auto, uring, aio, threads"),
+        ({"engine": "spdk"}, "auto, nvme, uring, aio, threads"),
         ({"queue_depth": 0}, "1 to 4096"),
         ({"queue_depth": 4097}, "1 to 4096"),
         ({"threads": 65}, "1 to 64"),

@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 from dualblade import errors
-from dualblade.errors import device_error
+from dualblade.errors import device_error, nvme_error
 
 BUILTINS = {
     errors.DeviceError: OSError,
@@ -50,6 +50,31 @@ def test_nvme_status_is_not_an_errno():
     again = pickle.loads(pickle.dumps(error))
     for each in (error, again):
         assert (each.sct, each.sc, each.errno, each.device) == (2, 0x81, None, "/dev/ng0n1")
+
+
+@pytest.mark.parametrize(
+    ("status", "sct", "sc", "dnr", "name"),
+    [
+        (0x281, 2, 0x81, False, "Unrecovered Read Error"),
+        (0x4080, 0, 0x80, True, "LBA Out of Range"),
+        (0x4281 | 0x1800, 2, 0x81, True, "Unrecovered Read Error"),  # with a delay to retry after
+        (0x2FE, 2, 0xFE, False, "media and data integrity error"),
+        (0x7C0, 7, 0xC0, False, "vendor specific status"),
+        (0x6C0, 6, 0xC0, False, "reserved status"),
+    ],
+)
+def test_nvme_error_says_what_the_drive_answered_and_what_to_do(status, sct, sc, dnr, name):
+    error = nvme_error(status, device="/dev/ng0n1", operation="read", offset=8192, length=4096)
+    assert (error.sct, error.sc, error.dnr, error.name, error.errno) == (sct, sc, dnr, name, None)
+    assert (error.device, error.operation) == ("/dev/ng0n1", "read")
+    assert (error.offset, error.length) == (8192, 4096)
+    text = str(error)
+    assert text.startswith("read of 4096 bytes at offset 8192 on /dev/ng0n1 failed: the drive")
+    assert f"{name!r} (NVMe status type {sct:#x}, code {sc:#04x}" in text
+    assert ("do not retry" in text) == dnr
+    assert text.endswith(".")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.__dict__) == (text, error.__dict__)
 
 
 def test_no_space_has_its_errno_whatever_it_was_made_from():
