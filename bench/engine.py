@@ -375,7 +375,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--in-flight", type=parse_size, help="bytes in flight (64MiB)")
     parser.add_argument("--rivals", default="all", help="all, none, or names: " + ", ".join(NAMES))
     parser.add_argument(
-        "--engine", default="auto", choices=("auto", "uring", "aio", "threads"), help="dualblade's"
+        "--engine",
+        default="auto",
+        choices=("auto", "nvme", "uring", "aio", "threads"),
+        help="dualblade's",
     )
     parser.add_argument("--overwrite", action="store_true", help="the target's content may go")
     report.add_options(parser, rounds=5)

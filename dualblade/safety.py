@@ -16,11 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from dualblade._core import find_signature
+from dualblade._core import find_signature, nvme_block_node
 from dualblade.errors import (
     DeviceRefusedError,
     DualbladeError,
-    UnsupportedError,
     device_error,
 )
 from dualblade.header import HEADER_BYTES, Header
@@ -32,7 +31,7 @@ class Target(NamedTuple):
     """A file or block device that may be written to."""
 
     path: str
-    """As given."""
+    """As given; of an NVMe character device, that of its block device."""
     kind: Literal["file", "block"]
     size_bytes: int
     header: Header | None
@@ -207,6 +206,7 @@ class _Look(NamedTuple):
 
 def _look_at(target: str, formatting: bool, members: Sequence[str], proc: Path, sys: Path) -> _Look:
     """Refuses what is in use or can't hold a store; whatever else it holds is for the caller."""
+    target = nvme_block_node(target) or target  # the character device knows of no mounts
     try:
         status = os.stat(target)
     except OSError as error:
@@ -233,12 +233,6 @@ def _kind(target: str, status: os.stat_result) -> Literal["file", "block"]:
         return "block"
     if stat.S_ISDIR(status.st_mode):
         raise device_error(errno.EISDIR, device=target, operation="open")
-    generic = re.fullmatch(r"ng(\d+n\d+)", os.path.basename(os.path.realpath(target)))
-    if stat.S_ISCHR(status.st_mode) and generic:
-        raise UnsupportedError(
-            f"{target} is an NVMe generic device, which needs passthrough commands; give the block "
-            f"device of the same namespace, /dev/nvme{generic[1]}"
-        )
     names = {stat.S_IFCHR: "character device", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
     what = names.get(stat.S_IFMT(status.st_mode), "special file")
     raise DeviceRefusedError(

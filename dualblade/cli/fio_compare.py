@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from dualblade._core import nvme_character_node
 from dualblade.cli import fio_report
 from dualblade.cli.fio_jobs import Job
 from dualblade.cli.fio_options import Options
@@ -20,7 +21,13 @@ from dualblade.cli.fio_progress import Progress
 from dualblade.cli.fio_target import WORKERS_MAX, open_device, prepare
 from dualblade.errors import DualbladeError
 
-_ENGINES = {"uring": "io_uring", "aio": "libaio", "pylibaio": "libaio", "threads": "psync"}
+_ENGINES = {
+    "nvme": "io_uring_cmd",
+    "uring": "io_uring",
+    "aio": "libaio",
+    "pylibaio": "libaio",
+    "threads": "psync",
+}
 # fio's buffers go into huge pages as ours do: in 4 KiB pages large blocks are split into more
 # requests where a drive takes few segments in one. glibc has an option for it, fio has none.
 _ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -80,10 +87,15 @@ def _reporter(progress: Progress, title: str) -> Callable[[Job, float], None]:
 def fio_command(options: Options, program: str, engine: str, size_bytes: int) -> list[str]:
     """fio's command line for the same job."""
     jobs, size, io_size = options.numjobs, size_bytes, options.io_size or size_bytes
-    filename = options.filename.replace(":", "\\:")  # a bare one separates the names of two files
+    filename = options.filename
+    if engine == "nvme":  # fio takes the character device alone
+        filename = nvme_character_node(filename) or filename
+    filename = filename.replace(":", "\\:")  # a bare one separates the names of two files
     command = [program, f"--name={options.name}", "--group_reporting", "--scramble_buffers=0"]
     command += [f"--filename={filename}", f"--rw={options.rw}", f"--bs={options.bs}"]
-    command += [f"--direct={int(options.direct)}", f"--ioengine={_ENGINES[engine]}"]
+    command.append(f"--ioengine={_ENGINES[engine]}")
+    if engine != "nvme":  # there is no page cache to go past, and O_DIRECT is refused
+        command.append(f"--direct={int(options.direct)}")
     if engine == "threads":
         # psync has one request in flight: as many processes as Device has threads, each with its
         # own part of the file, so that together they do the same work.
@@ -104,7 +116,9 @@ def fio_command(options: Options, program: str, engine: str, size_bytes: int) ->
         command.append("--time_based")
     if len(options.directions) == 2:
         command.append(f"--rwmixread={options.rwmixread}")
-    if engine == "uring":
+    if engine == "nvme":
+        command.append("--cmd_type=nvme")
+    if engine in ("nvme", "uring"):
         command.append("--registerfiles")  # as Device does
         flags = ("fixedbufs", "hipri", "sqthread_poll")
         command += [f"--{name}=1" for name in flags if getattr(options, name)]

@@ -21,6 +21,8 @@ DIRECTIONS = {
 # What fio calls the same thing.
 ENGINES = {
     "auto": "auto",
+    "nvme": "nvme",
+    "io_uring_cmd": "nvme",
     "uring": "uring",
     "io_uring": "uring",
     "aio": "aio",
@@ -61,6 +63,8 @@ examples:
   dualblade-fio --filename f --size 1g --rw randread --iodepth 64 --engine pylibaio
   dualblade-fio --filename /dev/nvme1n1 --rw randread --bs 4k --iodepth 16 --runtime 10 \\
                 --time-based --hipri --sqthread-poll --fixedbufs
+  dualblade-fio --filename /dev/ng1n1 --rw randread --bs 4k --iodepth 32 --runtime 10 --time-based \
+                --engine nvme --fixedbufs --compare
   dualblade-fio --filename kv.img --workload kv-decode --layers 32 --kv-heads 8 --head-dim 128 \\
                 --tokens 4096 --gen 32 --path dual --memory-limit 1g
   dualblade-fio --filename /dev/nvme1n1 --rw randwrite --bs 4k --runtime 10 --time-based \\
@@ -292,7 +296,8 @@ def _add_io(parser: argparse.ArgumentParser) -> None:
         choices=list(ENGINES),
         default="auto",
         metavar="NAME",
-        help="auto, uring, aio or threads; fio's io_uring, libaio and psync mean these too. "
+        help="auto, nvme, uring, aio or threads; fio's io_uring_cmd, io_uring, libaio and psync "
+        "mean these too. "
         "pylibaio: the PyPI package libaio instead of Device",
     )
     add("--iodepth", type=_count, default=1, metavar="N", help="requests in flight of each job")
@@ -462,7 +467,7 @@ def _check_engine(values: argparse.Namespace) -> None:
         if not getattr(values, name):
             continue
         option = f"--{name.replace('_', '-')}"
-        if values.engine not in ("auto", "uring"):
+        if values.engine not in ("auto", "nvme", "uring"):
             raise ValueError(f"{option} is io_uring's: use --engine uring, not {values.engine}")
         if not values.direct:
             raise ValueError(f"{option} is for --direct 1: the page cache has no queue to poll")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dualblade import Device
-from dualblade._core import find_signature
+from dualblade._core import find_signature, nvme_block_node
 from dualblade.cli.fio_options import DEPTH_MAX, REQUEST_BYTES, Options
 from dualblade.cli.fio_pylibaio import INSTALL, PylibaioDevice, load
 from dualblade.errors import DeviceRefusedError, DualbladeError, UnsupportedError, device_error
@@ -40,7 +40,7 @@ def prepare(options: Options) -> Region:
 
     Raises DeviceRefusedError, DeviceError, UsageError.
     """
-    path = options.filename
+    path = nvme_block_node(options.filename) or options.filename
     if options.engine == "pylibaio":
         try:
             load()

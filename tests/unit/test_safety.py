@@ -167,16 +167,6 @@ def test_pipes_sockets_and_terminals_are_refused(tmp_path):
                 check_target(path, formatting=formatting)
 
 
-def test_an_nvme_generic_device_points_to_its_block_device(tmp_path):
-    node = tmp_path / "ng1n1"
-    try:
-        os.mknod(node, 0o600 | 0o020000, os.makedev(1, 3))  # the numbers of /dev/null
-    except PermissionError:
-        pytest.skip("device nodes cannot be made here")
-    with pytest.raises(UnsupportedError, match="/dev/nvme1n1"):
-        check_target(node, formatting=False)
-
-
 @contextlib.contextmanager
 def as_nobody():
     """This process without root's rights, if it has them."""
