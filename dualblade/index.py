@@ -7,7 +7,7 @@ import contextlib
 import gc
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dualblade import _core
@@ -50,6 +50,8 @@ class Index:
         self.freed: list[tuple[int, int]] | None = None
         """Extents, (offset, bytes), that were page-cached when they were freed, if anybody takes
         them from here. An interrupt may leave one here twice."""
+        self.erase: Callable[[int, int], None] | None = None
+        """Called with the offset and the bytes of every extent before it is free."""
         self._taken: tuple[dict[str, None], dict[str, None]] = {}, {}
         """What a save is under way with."""
 
@@ -234,6 +236,8 @@ class Index:
             return
         if self.freed is not None and residency.groups[entry.group].path == "pagecache":
             self.freed.append((entry.offset, size_bytes))
+        if self.erase is not None and size_bytes:
+            self.erase(entry.offset, size_bytes)
         group = residency.groups[entry.group]
         if group.tensors == 1:
             residency.filling.pop(entry.group, None)

@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal, NamedTuple
@@ -65,10 +65,11 @@ def open_store(
     policy: Policy = "dual",
     live: bool = True,
     binding: Binding = "spread",
-    engine: Literal["auto", "uring", "aio", "threads"] = "auto",
+    engine: Literal["auto", "nvme", "uring", "aio", "threads"] = "auto",
     queue_depth: int = 256,
     sqpoll: bool = False,
     iopoll: bool = False,
+    discard: bool = False,
     durable: bool = False,
     verify: Literal["always", "open", "never"] = "always",
 ) -> TensorStore:
@@ -92,9 +93,11 @@ def open_store(
              it for others, and come back when there is room. False: bound once, as it is now.
     binding  which groups "dual" keeps: "spread" evenly, so that the drive reads some while others
              are copied from memory; "head" the first ones.
-    engine   of the direct path; "auto" takes the first of uring, aio and threads that works here.
+    engine   of the direct path; "auto": the first of nvme, uring, aio, threads that works here.
     sqpoll, iopoll   a kernel thread submits, completions are polled for: less latency, for a
              processor each. See Device.open.
+    discard  what is deleted is discarded (deallocated; in a file a hole), and with `format` all
+             that there was: it does not fill the drive nor can be read. It is no secure erase.
     verify   when checksums are compared: at every read ("always"), once now ("open"), or "never".
 
     Raises DeviceRefusedError for what is in use or not ours, NoSpaceError, DeviceError,
@@ -117,7 +120,7 @@ def open_store(
             notes = _fallbacks(device, engine)
             residency = Residency(policy, budget.bytes, binding)
             following = _following(residency, memory) if live and policy == "dual" else None
-            index, catalog = _load(device, layout, found, residency)
+            index, catalog = _load(device, layout, found, residency, discard=discard)
     store = TensorStore(device, index, catalog, residency, verify=verify, fallbacks=notes)
     _open_stores.add(store)
     return _begun(store, following, verify)
@@ -477,16 +480,51 @@ def _locked(path: str, stack: contextlib.ExitStack) -> int:
 
 
 def _load(
-    device: _core.Device, layout: _Layout, members: Sequence[Target], residency: Residency
+    device: _core.Device,
+    layout: _Layout,
+    members: Sequence[Target],
+    residency: Residency,
+    *,
+    discard: bool,
 ) -> tuple[Index, Catalog]:
     found = members[0]
     if found.header is None:
+        if discard:
+            device.discard(0, device.info.size)
         header = _format(device, layout)
         path = catalog_path(found.path, found.kind, header.store_id)
         catalog = Catalog.create(path, header.store_id)
-        return _index(header), catalog
-    _check_headers(device, layout, members)
+        index = _index(header)
+    else:
+        _check_headers(device, layout, members)
+        index, catalog = _saved(device, layout, found, residency)
+    if discard:
+        index.erase = _eraser(device)
+    return index, catalog
+
+
+def _eraser(device: _core.Device) -> Callable[[int, int], None]:
+    """Discards a range. Where that fails nobody is kept from going on, but told."""
+
+    def erase(offset: int, length: int) -> None:
+        try:
+            device.discard(offset, length)
+        except DualbladeError as error:
+            warnings.warn(
+                f"what was deleted can still be read on {device.info.target}: {error}",
+                DualbladeWarning,
+                stacklevel=2,
+            )
+
+    return erase
+
+
+def _saved(
+    device: _core.Device, layout: _Layout, found: Target, residency: Residency
+) -> tuple[Index, Catalog]:
+    """What the store had when it was saved."""
     header = found.header
+    assert header is not None
     header.check_device(device.info.size, device.info.lba_size, layout.name, layout.paths)
     index = _index(header)
     path = catalog_path(found.path, found.kind, header.store_id)

@@ -25,6 +25,7 @@ EXAMPLES = """\
 examples:
   dualblade format kv.img --size 8GiB       a new store in a file
   dualblade format /dev/nvme1n1             a new store on a raw device; asks before it overwrites
+  dualblade format /dev/nvme1n1 --discard   and none of what it held is left to be read
   dualblade format a.img b.img --size 8GiB --stripe 1MiB
                                             a new store that is striped over several
   dualblade info kv.img                     what it is: size, blocks, engine, memory
@@ -100,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
         if name == "format":
             command.add_argument("--size", help="of a file, or all together: 8GiB, 500MB, or bytes")
             command.add_argument("--stripe", help="of several: 1MiB (the default), 256KiB, ...")
+            command.add_argument(
+                "--discard",
+                action="store_true",
+                help="tell the drive first that all it holds may go (TRIM, deallocate)",
+            )
             command.add_argument("--yes", action="store_true", help="do not ask")
         else:
             command.add_argument("--json", action="store_true", help="for scripts")
@@ -135,7 +141,11 @@ def _format(options: argparse.Namespace) -> int:
         if held and not options.yes and not _confirm(held):
             return 1
     with dualblade.open(
-        options.targets, size=options.size, stripe=options.stripe, format=True
+        options.targets,
+        size=options.size,
+        stripe=options.stripe,
+        format=True,
+        discard=options.discard,
     ) as store:
         size = format_size(store.stats()["free_bytes"])
     verb = "are" if len(options.targets) > 1 else "is"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 from pathlib import Path
@@ -330,3 +331,35 @@ def test_threads_and_close(target: Target, engine: Engine):
     with open_store(target, engine) as store:
         assert store.check() == []
     assert _core.counters()["requests"] == 0
+
+
+@pytest.mark.parametrize("policy", PATHS)
+def test_what_is_deleted_is_not_left_on_the_device(target: Target, engine: Engine, policy: str):
+    arrays = {key: noise((2 * MIB,), "uint8", seed) for seed, key in enumerate("abc")}
+    with format_store(target, engine, policy=policy, discard=True) as store:
+        store.put_many(arrays)
+        store.flush()
+        assert [holds(target, array) for array in arrays.values()] == [True, True, True]
+        store.delete("a")
+        store.put("b", arrays["c"])
+        store.flush()
+        assert [holds(target, array) for array in arrays.values()] == [False, False, True]
+        assert same(store.get("b"), arrays["c"])
+        assert same(store.get("c"), arrays["c"])
+    with format_store(target, engine, policy=policy, discard=True):
+        assert not holds(target, arrays["c"])
+    with open_store(target, engine) as store:
+        store.put("c", arrays["c"])
+        store.delete("c")
+        store.flush()
+        assert holds(target, arrays["c"])
+
+
+def holds(target: Target, array: np.ndarray) -> bool:
+    """Whether the beginning of an array is anywhere in the first part of the device."""
+    fd = os.open(target, os.O_RDONLY)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        return array[:4096].tobytes() in os.pread(fd, 16 * MIB, 0)
+    finally:
+        os.close(fd)
