@@ -15,6 +15,7 @@ import numpy as np
 from dualblade import tensor
 from dualblade.buffer_pool import BufferPool
 from dualblade.errors import ClosedError, DualbladeError
+from dualblade.gpu import open_device
 from dualblade.kvdevice import OnDevice, device_of
 from dualblade.kvlayer import Layer, Snapshot, reordered
 from dualblade.readahead import ReadAhead
@@ -101,7 +102,8 @@ class KVCache:
         self._generation = 0
         self._behind = WriteBehind(store)
         self._ahead = ReadAhead(store, self._pool, self._behind, self._layers, lookahead)
-        self._devices: dict[Any, OnDevice] = {}
+        self._devices: dict[str, OnDevice] = {}
+        self._names: dict[str, str] = {}
         self._counts: Counter[str] = Counter()
         try:
             for _ in range(_count("layers", layers, least=0)):
@@ -258,11 +260,17 @@ class KVCache:
 
     def _on(self, device: Any) -> OnDevice:
         """The pipeline to a device, made when it is first needed."""
-        if device not in self._devices:
-            self._devices[device] = OnDevice(
-                self._store, device, self._layers, self._behind, self._pool, self._ahead.plan
-            )
-        return self._devices[device]
+        name = self._names.get(device, device) if isinstance(device, str) else device.name
+        if name not in self._devices:
+            opened = open_device(device) if isinstance(device, str) else device
+            if isinstance(device, str):
+                self._names[device] = opened.name  # "cuda" is one of "cuda:0", "cuda:1", ...
+            name = opened.name
+            if name not in self._devices:
+                self._devices[name] = OnDevice(
+                    self._store, opened, self._layers, self._behind, self._ahead.plan
+                )
+        return self._devices[name]
 
     def _drop_on_devices(self, index: int) -> None:
         for device in self._devices.values():

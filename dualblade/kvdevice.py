@@ -11,17 +11,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dualblade import tensor
+from dualblade.buffer_pool import BufferPool
 from dualblade.errors import DualbladeError
 from dualblade.kvlayer import SPARE_TOKENS, Layer, gather, lend_rows
 from dualblade.lanes import Fetch
 
 if TYPE_CHECKING:
-    from dualblade.buffer_pool import Array, BufferPool
+    from dualblade.buffer_pool import Array
     from dualblade.store import TensorStore
     from dualblade.write_behind import WriteBehind
 
 # Rows come off the device through so much pinned memory.
 BOUNCE_BYTES = 16 << 20
+# The host in a GPU's place keeps memory as a GPU's pool does: all.
+POOL_BYTES = 1 << 40
 _DLPACK_CUDA_DEVICES = (2, 13)
 
 
@@ -51,14 +54,13 @@ class OnDevice:
         device: Any,
         layers: Sequence[Layer],
         behind: WriteBehind,
-        pool: BufferPool,
         plan: Callable[[int], tuple[list[int], list[int]]],
     ) -> None:
         self.pipe = store.pipeline(device)
         self.device = self.pipe.device
         self._layers = layers
         self._behind = behind
-        self._pool = pool
+        self._pool = BufferPool(POOL_BYTES)
         self._plan = plan
         self._ahead: dict[int, _Ahead] = {}
         self._bounce: Any = None
@@ -95,7 +97,7 @@ class OnDevice:
     def _begin(self, index: int, first: int, stream: Any) -> _Ahead:
         layer = self._layers[index]
         count = layer.tokens - first
-        arrays = [self._empty(layer, which, first, count + SPARE_TOKENS, stream)
+        arrays = [self._empty(layer, which, first, count + SPARE_TOKENS)
                   for which in (0, 1)]  # fmt: skip
         wanted = [(key, first, layer.tokens) for key in layer.keys]
         fetch = Fetch(wanted, [array[:count] for array in arrays], [stream.record()])
@@ -103,11 +105,11 @@ class OnDevice:
         self.pipe.begin(fetch)
         return _Ahead(first, layer.tokens, (arrays[0], arrays[1]), fetch, [])
 
-    def _empty(self, layer: Layer, which: int, first: int, count: int, stream: Any) -> Any:
+    def _empty(self, layer: Layer, which: int, first: int, count: int) -> Any:
         if self.device.kind == "host":
             return lend_rows(self._pool, layer, which, first, count)
         shape = (count, *layer.row_shape(which))
-        return self.device.empty(shape, layer.dtype, stream=stream)
+        return self.device.empty(shape, layer.dtype)  # in the order of the caller's stream
 
     def _refill(self, current: int, stream: Any) -> None:
         """Starts the layers after this one, as far as they are not on their way."""
@@ -134,7 +136,7 @@ class OnDevice:
             return
         count = len(rows[0])
         at = found.stop - found.first
-        if found.stop + count != tokens or at + count > len(found.arrays[0]):
+        if found.stop + count != tokens or at + count > found.arrays[0].shape[0]:
             return  # the next fetch() reads it anew
         stream = self.device.current_stream()
         for array, new in zip(found.arrays, rows, strict=True):
@@ -152,12 +154,12 @@ class OnDevice:
         if self._bounce is None:
             self._bounce = device.arena(BOUNCE_BYTES)
         bounce = self._bounce.array
-        found = np.empty(len(source), np.uint8)
-        for start in range(0, len(source), BOUNCE_BYTES):
+        found = np.empty(source.nbytes, np.uint8)
+        for start in range(0, source.nbytes, BOUNCE_BYTES):
             part = source[start : start + BOUNCE_BYTES]
-            stream.copy_to_host(bounce[: len(part)], part)
+            stream.copy_to_host(bounce[: part.nbytes], part)
             stream.record().wait()
-            found[start : start + len(part)] = bounce[: len(part)]
+            found[start : start + part.nbytes] = bounce[: part.nbytes]
         tag = tensor.dtype_tag(array.dtype)
         return tensor.from_bytes(found, tuple(array.shape), tag)
 
@@ -171,7 +173,8 @@ class OnDevice:
         stored_in = (np.arange(len(row_map)) * batch)[:, None] + row_map
         order[: stored_in.size] = stored_in.ravel()
         rows = array.reshape(tokens * batch, *array.shape[2:])
-        return rows[order].reshape(array.shape)
+        # Only a CuPy array comes here, so CuPy is there.
+        return rows.take(sys.modules["cupy"].asarray(order), axis=0).reshape(array.shape)
 
     def drop(self, index: int) -> None:
         """Forgets what is ahead of a layer; nothing is under way of it after that."""
@@ -191,15 +194,18 @@ class OnDevice:
         """Closes the pipeline; arrays that were fetched stay."""
         self.clear()
         self.pipe.close()
+        self._pool.close()
         if self._bounce is not None:
             self._bounce.close()
 
 
 def device_of(array: Any) -> str | None:
     """The name of the GPU whose memory an array is in; None for the host's."""
-    torch = sys.modules.get("torch")
+    torch, cupy = sys.modules.get("torch"), sys.modules.get("cupy")
     if torch is not None and isinstance(array, getattr(torch, "Tensor", ())):
         return f"cuda:{array.device.index}" if array.device.type == "cuda" else None
+    if cupy is not None and isinstance(array, getattr(cupy, "ndarray", ())):
+        return f"cuda:{array.data.device_id}"
     if isinstance(array, np.ndarray) or not hasattr(array, "__dlpack_device__"):
         return None
     kind, index = array.__dlpack_device__()

@@ -88,7 +88,7 @@ class Buffers:
     def lend(self, nbytes: int, stream: Any) -> tuple[Any, list[Any]]:
         """So many bytes or more, in the order of a stream, and the events to wait for before."""
         with self._lock:
-            fitting = [each for each in self._idle if nbytes <= len(each[0])]
+            fitting = [each for each in self._idle if nbytes <= each[0].nbytes]
             if fitting:
                 found = min(fitting, key=_size)
                 self._idle = [each for each in self._idle if each is not found]
@@ -116,4 +116,4 @@ class Buffers:
 
 
 def _size(lendable: tuple[Any, list[Any]]) -> int:
-    return len(lendable[0])
+    return lendable[0].nbytes
