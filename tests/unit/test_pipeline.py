@@ -383,6 +383,25 @@ def test_both_directions_at_once(layers: Layers, pipe: Pipeline):
         layers.check(keys, [layers.store.get(f"copy/{number}/{n}") for n in range(2)])
 
 
+def test_puts_keep_to_what_may_be_dirty(tmp_path: Path):
+    """More at once than the page cache may have dirty, some of it put by the store itself."""
+    with (
+        dualblade.open(tmp_path / "kv.img", size="200MiB", policy="pagecache") as store,
+        store.pipeline(HostDevice(copy_bytes_per_s=FAST), staging="16MiB") as pipe,
+    ):
+        expected = {f"{n}": noise(11 * MIB, n) for n in range(12)}
+        tickets = []
+        for number, (key, array) in enumerate(expected.items()):
+            put = store.put_async if number % 3 == 2 else lambda k, a: pipe.put_async({k: a})
+            tickets.append(put(key, array))
+        for ticket in reversed(tickets):
+            ticket.result()
+        for key, array in expected.items():
+            assert (store.get(key) == array).all()
+        assert store.check() == []
+        check_idle(pipe)
+
+
 # ---- what others do meanwhile --------------------------------------------------------------------
 
 
