@@ -55,7 +55,7 @@ ADAPTIVE_MIN = 0.97
 SETTLE_STEPS_MAX = 400
 COPY_BYTES = 32 << 20
 COPY_CHUNK_BYTES = 4 << 20
-TURNS = 2
+TURNS = 8
 STORAGE_ONLY = {"chunk_bytes": 4 << 20, "depth": 4, "mode": "cross"}
 ALONE = ("storage", "copy", "compute")
 BESIDE = "side_by_side"
@@ -87,6 +87,7 @@ class Model:
         shape = SHAPES[options.shape]
         tokens = max(1, options.kv // (2 * options.layers * shape.row_bytes))
         self.store = store
+        self.turns = options.turns
         self.groups = [[f"{layer}/k", f"{layer}/v"] for layer in range(options.layers)]
         self.nbytes = 2 * options.layers * tokens * shape.row_bytes
         rng = np.random.default_rng(0)
@@ -111,7 +112,7 @@ class Model:
 def through(model: Model, pipe: Pipeline, kernel: Any = None) -> float:
     """Seconds for all layers by a pipeline, with a kernel on each; going round a few times, as a
     decoder does."""
-    groups = model.groups * TURNS
+    groups = model.groups * model.turns
     begin = time.perf_counter()
     if kernel is None:
         stream = pipe.device.current_stream()
@@ -123,7 +124,7 @@ def through(model: Model, pipe: Pipeline, kernel: Any = None) -> float:
             for arrays in pipe.stream(groups):
                 kernel.launch(arrays)
     stream.record().wait()
-    return (time.perf_counter() - begin) / TURNS
+    return (time.perf_counter() - begin) / model.turns
 
 
 class Alone:
@@ -155,10 +156,10 @@ class Alone:
         begin = time.perf_counter()
         self._copy()
         self.stream.record().wait()
-        return (time.perf_counter() - begin) / TURNS
+        return (time.perf_counter() - begin) / self.model.turns
 
     def _copy(self) -> None:
-        left = self.model.nbytes * TURNS
+        left = self.model.nbytes * self.model.turns
         while left:
             for start in range(0, min(left, COPY_BYTES), COPY_CHUNK_BYTES):
                 size = min(left, COPY_CHUNK_BYTES)
@@ -171,11 +172,11 @@ class Alone:
         begin = time.perf_counter()
         self._compute()
         self.kernel.stream.record().wait()
-        return (time.perf_counter() - begin) / TURNS
+        return (time.perf_counter() - begin) / self.model.turns
 
     def _compute(self) -> None:
         with self.kernel.stream:
-            for _ in range(TURNS * len(self.model.groups)):
+            for _ in range(self.model.turns * len(self.model.groups)):
                 self.kernel.launch(self.layer)
 
     def side_by_side(self) -> float:
@@ -186,7 +187,7 @@ class Alone:
         through(self.model, self.pipe)
         self.stream.record().wait()
         self.kernel.stream.record().wait()
-        return (time.perf_counter() - begin) / TURNS
+        return (time.perf_counter() - begin) / self.model.turns
 
     def close(self) -> None:
         """Lets go of what it has."""
@@ -313,6 +314,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--kv", type=parse_size, help="keys and values of all layers (1GiB)")
     parser.add_argument("--layers", type=report.positive, help="of the model (32)")
     parser.add_argument("--shape", default="llama", choices=list(SHAPES), help="of the model")
+    parser.add_argument(
+        "--turns", type=report.positive, help=f"through all layers in one go ({TURNS})"
+    )
     parser.add_argument("--ratios", help="bytes page-cached to bytes not (0.3,0.5,0.7)")
     parser.add_argument("--fixed", help=f"chunk size x depth, to compare with ({FIXED})")
     parser.add_argument("--staging", default="64MiB", type=parse_size, help="of each pipeline")
@@ -325,6 +329,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.kv = options.kv or (48 << 20 if quick else 1 << 30)
     options.layers = options.layers or (6 if quick else 32)
     options.rounds = 1 if quick else options.rounds
+    options.turns = options.turns or (2 if quick else TURNS)
     options.settle = 2 if quick else SETTLE_STEPS_MAX
     options.size = options.kv * 5 // 4 + (64 << 20)
     try:
@@ -365,6 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "kv_bytes": options.kv,
         "layers": options.layers,
         "shape": options.shape,
+        "turns": options.turns,
         "rounds": options.rounds,
         "rows": rows,
         "targets": found,
@@ -398,12 +404,14 @@ def target(where: str, what: str, value: float, least: float) -> dict[str, Any]:
 
 def render(document: dict[str, Any], head: str) -> str:
     """Everything as text."""
-    on = "the host in a GPU's place: copies at a set bandwidth, kernels of a set time"
+    device = "the host in a GPU's place: copies at a set bandwidth, kernels of a set time"
+    if document["device"] != "cpu":
+        device = document["rows"][0]["device"]["model"]
     lines = [
         head,
         f"KV {format_size(document['kv_bytes'])} in {document['layers']} layers of "
-        f"{document['shape']}, medians of {document['rounds']} round(s); device "
-        f"{on if document['device'] == 'cpu' else document['rows'][0]['device']['model']}",
+        f"{document['shape']}, medians of {document['rounds']} round(s) of {document['turns']} "
+        f"turns; {device}",
     ]
     for row in document["rows"]:
         lines += ["", title(row)]

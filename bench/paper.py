@@ -55,7 +55,7 @@ VARIANTS = (
     ("live-spread", True),
 )
 COPIED_LAYERS = 2
-PIPED_LAYERS = 6
+PIPED_LAYERS = 7
 PAPERS = (
     ("prefill latency, at most less than the page cache alone", "33.1 %", "25.4 %"),
     ("decode latency, less than the page cache alone", "8.2-42.4 %", "11.7-57.8 %"),
@@ -76,6 +76,8 @@ def measure(job: DeviceJob, options: argparse.Namespace) -> dict[str, Any]:
             row["prefill_s"] = prefill["seconds"]
             for _ in range(options.warmup):
                 child.ask("step")
+            if not options.quick:
+                row["choosing_steps"] = child.ask("choose")["steps"]
             child.ask("settle")
             child.ask("step")  # what was read ahead meanwhile would flatter the first
             row["step_ms"] = [child.ask("step")["ms"] for _ in range(options.steps)]

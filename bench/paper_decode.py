@@ -21,6 +21,7 @@ from policies import POLICIES, Array, Job
 from dualblade.gpu import HostDevice, open_device
 
 BOUNCE_BYTES = 8 << 20
+CHOOSE_STEPS_MAX = 30
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,26 @@ class DeviceDecoder(Decoder):
             kernel.launch([each.view(np.float16).reshape(self.shape) for each in flat])
             self.plain.is_used(kernel)
 
+    def choose(self) -> dict[str, Any]:
+        """Steps until the pipeline has chosen, each of the same tokens."""
+        count = 0
+        while self.plain is None and count < CHOOSE_STEPS_MAX and not self._has_chosen():
+            before = self.tokens
+            self.step()
+            self.policy.cache.truncate(before)
+            self.tokens = before
+            count += 1
+        return {"steps": count}
+
+    def _has_chosen(self) -> bool:
+        lanes = [
+            stats[lane]
+            for stats in self.policy.cache.stats()["devices"].values()
+            for lane in ("direct", "pagecache")
+        ]
+        used = [lane for lane in lanes if lane["bytes"]]
+        return bool(used) and all(lane["settled"] for lane in used)
+
     def check(self) -> None:
         """Raises ValueError if what reaches the device is not what was appended."""
         for layer in (0, self.job.layers - 1):
@@ -155,7 +176,7 @@ class DeviceDecoder(Decoder):
 
     def _on_host(self, array: Any) -> Array:
         flat = self.device.bytes_of(array)
-        out = np.empty(len(flat), np.uint8)
+        out = np.empty(flat.nbytes, np.uint8)
         stream = self.device.current_stream()
         stream.copy_to_host(out, flat)
         stream.record().wait()
@@ -177,6 +198,8 @@ def main() -> None:
                     say(decoder.prefill(command["room_bytes"]))
                 elif command["do"] == "step":
                     say(decoder.step())
+                elif command["do"] == "choose":
+                    say(decoder.choose())
                 elif command["do"] == "settle":
                     decoder.policy.settle()
                     decoder.check()
