@@ -321,6 +321,7 @@ class Pair:
         self.shape = heads, dim
         self.dtype = dtype
         self.batch = 2
+        self.is_cropped = False
         self.generator = torch.Generator().manual_seed(0)
 
     def states(self, tokens):
@@ -330,6 +331,7 @@ class Pair:
         return torch.randn(shape, generator=self.generator).to(self.dtype).transpose(1, 2)
 
     def update(self, tokens):
+        self.is_cropped = False
         for layer in range(3):
             keys, values = self.states(tokens), self.states(tokens)
             ours, theirs = (cache.get_mask_sizes(tokens, layer) for cache in self.caches)
@@ -340,10 +342,12 @@ class Pair:
                 assert torch.equal(mine, other)
 
     def crop(self, tokens):
-        # DynamicCache's windowed layers fail when nothing is stored, and below zero.
+        # DynamicCache's windowed layers fail when nothing is stored, and below zero; and they keep
+        # only what the next update needs, so that a second crop before it loses tokens.
         tokens = min(tokens, self.caches[1].get_seq_length())
-        if self.caches[1].get_seq_length() == 0:
+        if self.caches[1].get_seq_length() == 0 or self.is_cropped:
             return
+        self.is_cropped = True
         for cache in self.caches:
             cache.crop(-tokens)
 
