@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
@@ -128,7 +129,7 @@ class Line:
 # ---- operations ----------------------------------------------------------------------------------
 
 
-class Operation:
+class Operation(ABC):
     """One entry of a line's queue."""
 
     __slots__ = ("enqueued_at", "generation", "is_taken")
@@ -138,12 +139,12 @@ class Operation:
     def __init__(self) -> None:
         self.is_taken = False  # by a worker, which alone ends it
 
+    @abstractmethod
     def step(self, line: Line, at: float) -> float | None:
         """Does it, or has it done: returns when it ended, or None where it has not yet.
 
         `at` is when its turn came. May be called again.
         """
-        raise NotImplementedError
 
 
 class Work(Operation):
