@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import inspect
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -229,12 +230,9 @@ def numbers(parser: argparse.ArgumentParser, text: str | None) -> list[int]:
     return sorted({int(word) for word in words})
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
-    options = parse(arguments)
-    if problem := lockstep.no_group():
-        print(f"bench/budget.py: {problem}", file=sys.stderr)
-        return 1
+@contextlib.contextmanager
+def workplace(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """What is measured on, and a directory for what lies beside it."""
     with (
         engine.target(options) as path,
         tempfile.TemporaryDirectory(
@@ -242,6 +240,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ) as state,
     ):
         os.environ["DUALBLADE_STATE_DIR"] = state  # where a store on a device keeps its index
+        yield path, state
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    options = parse(arguments)
+    if problem := lockstep.no_group():
+        print(f"bench/budget.py: {problem}", file=sys.stderr)
+        return 1
+    with workplace(options) as (path, state):
         where = machine.describe(path)
         bench = Bench(path, options, state)
         try:

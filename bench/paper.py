@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import budget
-import engine
 import floor
 import lockstep
 import machine
@@ -212,13 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if problem := lockstep.no_group():
         print(f"bench/paper.py: {problem}", file=sys.stderr)
         return 1
-    with (
-        engine.target(options) as path,
-        tempfile.TemporaryDirectory(
-            dir=Path(path).parent if Path(path).is_file() else None
-        ) as state,
-    ):
-        os.environ["DUALBLADE_STATE_DIR"] = state  # where a store on a device keeps its index
+    with budget.workplace(options) as (path, _):
         where = machine.describe(path)
         runs = run(path, options)
         lockstep.forget_catalog(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -69,3 +70,26 @@ class Memory:
 def residency(store: dualblade.TensorStore) -> dict[str, Any]:
     """How the store follows the memory."""
     return store.stats()["residency"]
+
+
+class Gate:
+    """A function for a stream that does not return before it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.opened = threading.Event()
+
+    def __call__(self, _: object = None) -> None:
+        self.reached.set()
+        assert self.opened.wait(60)
+
+
+def bytes_on(device: Any, array: Any) -> np.ndarray[Any, Any]:
+    """The bytes of an array of a computing device, copied to the host."""
+    flat = device.bytes_of(array)
+    out = np.zeros(flat.nbytes, np.uint8)
+    stream = device.stream()
+    stream.copy_to_host(out, flat)
+    stream.record().wait(60)
+    stream.close()
+    return out

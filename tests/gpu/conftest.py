@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import importlib.util
 import sys
-import threading
 
 import pytest
 
 from dualblade import gpu
 from dualblade.errors import UnsupportedError
+from tests.helpers import Gate
 from tests.simulated_cuda import Simulation
 
 
@@ -57,18 +57,6 @@ def stream(device):
     stream = device.stream()
     yield stream
     stream.close()
-
-
-class Gate:
-    """Something for a stream to do that does not end before it is opened."""
-
-    def __init__(self):
-        self.reached = threading.Event()
-        self.opened = threading.Event()
-
-    def __call__(self, _=None):
-        self.reached.set()
-        self.opened.wait(60)
 
 
 @pytest.fixture

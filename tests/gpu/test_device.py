@@ -10,6 +10,7 @@ import pytest
 
 import dualblade
 from dualblade import gpu
+from tests.helpers import bytes_on
 
 MIB = 1 << 20
 
@@ -26,17 +27,6 @@ def put(device, data):
     stream.record().wait(60)
     stream.close()
     return array
-
-
-def get(device, array):
-    """The bytes of an array of the device."""
-    flat = device.bytes_of(array)
-    out = np.zeros(flat.nbytes, np.uint8)
-    stream = device.stream()
-    stream.copy_to_host(out, flat)
-    stream.record().wait(60)
-    stream.close()
-    return out
 
 
 @pytest.fixture
@@ -273,7 +263,7 @@ def test_an_array_that_nobody_has_is_kept_until_its_copy_is_done(device, stream,
     gate.opened.set()
     done.wait(60)
     for other in others:
-        assert np.array_equal(get(device, other), wanted)
+        assert np.array_equal(bytes_on(device, other), wanted)
 
 
 @pytest.mark.parametrize("direction", ["to_device", "to_host"])
@@ -294,7 +284,7 @@ def test_an_arena_is_closed_after_its_copies(device, stream, hold, direction):
     assert not closing.is_alive()
     stream.record().wait(60)
     if direction == "to_device":
-        assert np.array_equal(get(device, there), wanted)
+        assert np.array_equal(bytes_on(device, there), wanted)
 
 
 def test_close_finishes_what_is_under_way(device, arena, hold):
@@ -311,7 +301,7 @@ def test_close_finishes_what_is_under_way(device, arena, hold):
     closing.join(60)
     assert not closing.is_alive()
     assert stream.closed
-    assert get(device, there).tolist() == [6] * 8
+    assert bytes_on(device, there).tolist() == [6] * 8
     for use in (stream.record, lambda: stream.copy_to_device(there, arena.array[:8])):
         with pytest.raises(dualblade.ClosedError):
             use()

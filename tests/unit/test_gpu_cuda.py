@@ -15,6 +15,7 @@ import pytest
 import dualblade
 from dualblade import gpu
 from dualblade.errors import DualbladeWarning
+from tests.helpers import bytes_on
 from tests.simulated_cuda import CUDARuntimeError, Simulation
 
 ROOT = Path(__file__).parents[2]
@@ -244,7 +245,7 @@ def test_memory_that_host_and_gpu_share_is_found(simulate, attributes, unified, 
         assert host.nbytes == 2000
         assert device.host_bytes_of(array).ctypes.data % 4096 == 0
         host[:] = wanted = random_bytes(2000)
-        assert np.array_equal(round_trip_out(device, array[1:2]), wanted)
+        assert np.array_equal(bytes_on(device, array[1:2]), wanted)
     else:
         with pytest.raises(dualblade.UnsupportedError, match="alone"):
             device.host_bytes_of(array)
@@ -252,16 +253,6 @@ def test_memory_that_host_and_gpu_share_is_found(simulate, attributes, unified, 
     del array
     gc.collect()
     assert simulation.pinned == {}
-
-
-def round_trip_out(device, array):
-    flat = device.bytes_of(array)
-    out = np.zeros(flat.nbytes, np.uint8)
-    stream = device.stream()
-    stream.copy_to_host(out, flat)
-    stream.record().wait(60)
-    stream.close()
-    return out
 
 
 def test_unified_can_be_asked_for(simulate):

@@ -13,6 +13,7 @@ import pytest
 
 import dualblade
 from dualblade import _core, gpu
+from tests.helpers import Gate
 
 MIB = 1 << 20
 
@@ -27,18 +28,6 @@ def stream(device):
     stream = device.stream()
     yield stream
     stream.close()
-
-
-class Gate:
-    """A function for a stream that does not return before it is opened."""
-
-    def __init__(self):
-        self.reached = threading.Event()
-        self.opened = threading.Event()
-
-    def __call__(self):
-        self.reached.set()
-        assert self.opened.wait(60)
 
 
 def held(stream):

@@ -250,6 +250,19 @@ def test_groups_that_are_gone_leave_nothing_behind(path: Path, live: bool) -> No
 # ---- when many grow ------------------------------------------------------------------------------
 
 
+def count_surveys(store: dualblade.TensorStore, monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """An element for each look at all groups from now on."""
+    surveys: list[None] = []
+    survey = store._survey
+
+    def counted(*arguments: Any) -> Any:
+        surveys.append(None)
+        return survey(*arguments)
+
+    monkeypatch.setattr(store, "_survey", counted)
+    return surveys
+
+
 def test_small_groups_leave_many_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An append within the budget looks at no other group, one past it makes room for the next."""
     count = 1000
@@ -260,21 +273,13 @@ def test_small_groups_leave_many_at_once(path: Path, monkeypatch: pytest.MonkeyP
             store.append(name, noise(4096, i)[None])
     with dualblade.open(path, live=False, memory="4MiB") as store:
         assert all(store.path_of(name) == "pagecache" for name in names)
-        surveys = 0
-        survey = store._survey
-
-        def counted(*arguments: Any) -> Any:
-            nonlocal surveys
-            surveys += 1
-            return survey(*arguments)
-
-        monkeypatch.setattr(store, "_survey", counted)
+        surveys = count_surveys(store, monkeypatch)
         with kept_within_the_budget(store):
             for i, name in enumerate(names):
                 store.append(name, noise(4096, i)[None])
                 if i < 24:  # 1024 pages
-                    assert surveys == 0
-        assert 0 < surveys <= count // 16 + 1
+                    assert not surveys
+        assert 0 < len(surveys) <= count // 16 + 1
         for i, name in enumerate(names):
             np.testing.assert_array_equal(store.get(name), np.stack([noise(4096, i)] * 2))
         assert len([name for name in names if store.path_of(name) == "pagecache"]) >= 490
@@ -354,18 +359,10 @@ def test_nobody_looks_again_and_again_who_can_leave(
         store.append("x", noise(MIB))
         store.set_path("x", "pagecache")
         view = store.view("x")
-        surveys = 0
-        survey = store._survey
-
-        def counted(*arguments: Any) -> Any:
-            nonlocal surveys
-            surveys += 1
-            return survey(*arguments)
-
-        monkeypatch.setattr(store, "_survey", counted)
+        surveys = count_surveys(store, monkeypatch)
         for i in range(20):
             store.append("x", noise(4096, i))
-        assert surveys == 1
+        assert len(surveys) == 1
         np.testing.assert_array_equal(view, noise(MIB))
         del view
         store.append("x", noise(4096, 20))
