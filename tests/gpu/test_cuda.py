@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dualblade import gpu
-from tests.gpu.test_device import get, put, random_bytes
+from tests.gpu.test_device import put, random_bytes
+from tests.helpers import bytes_on
 
 MIB = 1 << 20
 
@@ -117,7 +118,7 @@ def test_a_kernel_sees_the_copy_if_it_waits_for_it(cuda, streams, arena, spin, o
     held.end()
     done.wait(60)
     copied.wait(60)
-    assert set(get(cuda, seen).tolist()) == {8 if ordered else 1}
+    assert set(bytes_on(cuda, seen).tolist()) == {8 if ordered else 1}
 
 
 @pytest.mark.parametrize("ordered", [True, False])
@@ -144,7 +145,7 @@ def test_memory_is_written_again_only_after_the_kernel(cuda, streams, arena, spi
     held.end()
     used.wait(60)
     copied.wait(60)
-    assert set(get(cuda, seen).tolist()) == {3 if ordered else 9}
+    assert set(bytes_on(cuda, seen).tolist()) == {3 if ordered else 9}
 
 
 def test_nothing_waits_for_the_whole_device(cuda, streams, arena, spin):
