@@ -520,6 +520,22 @@ def run_threads(count: int, work: Any) -> None:
         raise errors[0]
 
 
+def differences(found: np.ndarray, data: np.ndarray) -> str:
+    wrong = np.flatnonzero(found != data)
+    if wrong.size == 0:
+        return "none"
+    zeros = np.count_nonzero(found[wrong] == 0)
+    return f"{wrong.size} bytes in [{wrong[0]}, {wrong[-1]}] of {data.size}, {zeros} of them 0"
+
+
+def wait_impatiently(done: _core.Completion, dice: random.Random) -> None:
+    while True:
+        try:
+            return done.wait(dice.choice([0.0001, 1, None]))
+        except TimeoutError:
+            continue
+
+
 @pytest.mark.parametrize("queue_depth", [1, 32])
 def test_many_threads_share_a_device(target: Target, engine: Engine, queue_depth: int):
     with open_device(target, engine, queue_depth=queue_depth, staging_bytes=2 * CHUNK) as device:
@@ -530,16 +546,22 @@ def test_many_threads_share_a_device(target: Target, engine: Engine, queue_depth
             for round_ in range(12):
                 data = noise(dice.randrange(1, MIB), 100 * number + round_)
                 sums = np.zeros(-(-data.size // CHUNK), np.uint64)
-                device.write([(base, data)], path=dice.choice(PATHS), checksums=[sums]).wait()
+                written, fetched = dice.choice(PATHS), dice.choice(PATHS)
+                device.write([(base, data)], path=written, checksums=[sums]).wait()
                 out = skewed(data.size, dice.choice([0, 5]))
-                done = device.read([(base, out)], path=dice.choice(PATHS), checksums=[sums])
-                while True:
-                    try:
-                        done.wait(dice.choice([0.0001, 1, None]))
-                        break
-                    except TimeoutError:
-                        continue
-                assert np.array_equal(out, data)
+                done = device.read([(base, out)], path=fetched, checksums=[sums])
+                try:
+                    wait_impatiently(done, dice)
+                    assert np.array_equal(out, data)
+                except (AssertionError, CorruptionError) as error:
+                    # Bytes of another time look alike in every report: what is there now tells.
+                    seen = {path: read(device, base, data.size, path) for path in PATHS}
+                    raise AssertionError(
+                        f"thread {number}, round {round_}, written {written}, read {fetched}; "
+                        f"sums hold: {np.array_equal(sums, _core.checksum_chunks(data, CHUNK))}; "
+                        f"differences: {differences(out, data)}, read again: "
+                        f"{[(path, differences(again, data)) for path, again in seen.items()]}"
+                    ) from error
 
         run_threads(8, work)
         stats = device.stats()
