@@ -104,8 +104,9 @@ class EntryAccess:
         """Entries of which a view has gone; the collector may add to it at any moment."""
         self._views_leaving: list[Entry] = []
         """Of these, those that are being seen to."""
-        self._flushing = threading.Lock()
+        self._flushing = threading.RLock()
         """One flush at a time: another would take an index for saved that is not yet."""
+        self._is_flushing = False
         self._here = _Here()
 
     # ---- open or not ------------------------------------------------------------------------
@@ -123,7 +124,8 @@ class EntryAccess:
         """In the child after a fork: the store is the parent's, and its locks may be held there."""
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._flushing = threading.Lock()
+        self._flushing = threading.RLock()
+        self._is_flushing = False
         self._here = _Here()
         if self._state != "closed":
             self._state = "forked"

@@ -21,10 +21,20 @@ class Saving(Watching):
 
         Nothing is saved that the drive may not have: what it has refused is given to it again, and
         as long as it does not take that, every flush raises DeviceError. CorruptionError: it did
-        not, and memory has lost it as well; delete the tensor or put it again.
+        not, and memory has lost it as well; delete the tensor or put it again. RuntimeError: a
+        signal handler called it in the middle of a flush, which goes on when that returns.
         """
         with self._flushing:
-            self._flush()
+            if self._is_flushing:
+                raise RuntimeError(
+                    "flush() was interrupted by a signal handler that calls flush(): the first one "
+                    "goes on when the handler returns; call close() there, or flush() after it"
+                )
+            self._is_flushing = True
+            try:
+                self._flush()
+            finally:
+                self._is_flushing = False
 
     def _flush(self) -> None:
         self._settle_tickets()

@@ -688,6 +688,38 @@ def test_a_signal_handler_may_close_what_is_being_closed(slow: Any) -> None:
         assert again.keys() == ["x", "y", "z"]
 
 
+def test_a_signal_handler_may_not_flush_what_is_being_flushed(slow: Any) -> None:
+    device, store = slow
+    store.put("y", noise(10))
+    device.add_rule("fsync", "hold")
+    errors = []
+
+    def handler(*_: Any) -> None:
+        with pytest.raises(RuntimeError, match="goes on when the handler returns") as error:
+            store.flush()
+        errors.append(error)
+
+    def interrupt() -> None:
+        device.wait_held(1)
+        _thread.interrupt_main(signal.SIGUSR1)
+        device.release()
+
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        store.flush()
+        thread.join(TIMEOUT_S)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert len(errors) == 1
+    device.clear()
+    store.flush()
+    store.close()
+    with dualblade.open(device.path) as again:
+        assert "y" in again.keys()
+
+
 def test_a_group_may_vanish_while_it_is_moved(store: dualblade.TensorStore) -> None:
     """Its only tensor is put into another group, by somebody who knows nothing of the move."""
     ended = threading.Event()
