@@ -93,6 +93,9 @@ class Device(Protocol):
     def bytes_of(self, array: Any) -> Any:
         """The memory of an array of this device as uint8 [nbytes]."""
 
+    def span_of(self, array: Any) -> tuple[int, int]:
+        """The addresses of its memory: the first, and the one after the last."""
+
     def array_over(self, memory: Any, shape: tuple[int, ...], dtype: str) -> Any:
         """An array of this shape and dtype tag over uint8 [nbytes] of the device's memory."""
 

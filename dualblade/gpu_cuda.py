@@ -198,6 +198,11 @@ class CudaDevice:
             return self._of_torch(array, (size,), np.dtype(np.uint8))
         return self.as_array(array).reshape(-1).view(np.uint8)
 
+    def span_of(self, array: Any) -> tuple[int, int]:
+        """The addresses of its memory: the first, and the one after the last."""
+        flat = self.bytes_of(array)
+        return flat.data.ptr, flat.data.ptr + flat.nbytes
+
     def array_over(self, memory: Any, shape: tuple[int, ...], dtype: str) -> Any:
         """An array of this shape and dtype tag over uint8 [nbytes] of this GPU's memory.
 

@@ -126,8 +126,12 @@ class Cuda:
         """Of the arrays of copies that are done."""
         with self._lock:
             # Streams overtake each other: one that is not done keeps those behind it, for a while.
-            while self._recorded and self._recorded[0][0].done:
-                self._recorded.popleft()
+            while self._recorded:
+                event, held = self._recorded.popleft()
+                if not event.done:
+                    self._recorded.appendleft((event, held))
+                    return
+                del event, held  # what goes with it may bring another thread's turn, or this one's
 
     def drain(self, streams: list[CudaStream]) -> None:
         """Returns when what is in these streams is done. Errors are for who waits for events."""

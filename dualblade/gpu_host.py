@@ -101,6 +101,12 @@ class HostDevice:
         """The memory of an array as uint8 [nbytes]. Raises what as_array does."""
         return self.as_array(array).reshape(-1).view(np.uint8)
 
+    def span_of(self, array: Any) -> tuple[int, int]:
+        """The addresses of its memory: the first, and the one after the last."""
+        flat = self.bytes_of(array)
+        first = flat.__array_interface__["data"][0]
+        return first, first + flat.nbytes
+
     def host_bytes_of(self, array: Any) -> Array:
         """The same, as memory that the drive may read into: where `unified` says so."""
         return self.bytes_of(array)

@@ -139,6 +139,8 @@ class OnDevice:
         if found.stop + count != tokens or at + count > found.arrays[0].shape[0]:
             return  # the next fetch() reads it anew
         stream = self.device.current_stream()
+        for event in found.fetch.after:  # the memory may come from another stream's work
+            stream.wait(event)
         for array, new in zip(found.arrays, rows, strict=True):
             # A copy, since the caller's memory is its own again.
             source = np.frombuffer(new.tobytes(), np.uint8)
@@ -173,8 +175,9 @@ class OnDevice:
         stored_in = (np.arange(len(row_map)) * batch)[:, None] + row_map
         order[: stored_in.size] = stored_in.ravel()
         rows = array.reshape(tokens * batch, *array.shape[2:])
-        # Only a CuPy array comes here, so CuPy is there.
-        return rows.take(sys.modules["cupy"].asarray(order), axis=0).reshape(array.shape)
+        with stream:  # also makes its GPU the current one, where the order goes first
+            # Only a CuPy array comes here, so CuPy is there.
+            return rows.take(sys.modules["cupy"].asarray(order), axis=0).reshape(array.shape)
 
     def drop(self, index: int) -> None:
         """Forgets what is ahead of a layer; nothing is under way of it after that."""

@@ -7,6 +7,7 @@ have been read.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -57,6 +58,11 @@ class Cuts:
         self._left = [[start, stop] for start, stop in ranges]
         self._turn = 0
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is left."""
+        return all(start == stop for start, stop in self._left)
+
     def next(self, choice: Choice) -> list[tuple[int, int, int]]:
         """(which, start, stop) of the next chunk's parts, which are at most `chunk_bytes` with the
         bytes that lie before them in their blocks; none when nothing is left.
@@ -90,6 +96,18 @@ def staged_bytes(start: int, stop: int) -> int:
     return round_up(stop, BLOCK_BYTES) - start // BLOCK_BYTES * BLOCK_BYTES
 
 
+class _ThisThread(threading.local):
+    is_lanes = False
+
+
+_this_thread = _ThisThread()
+
+
+def is_lanes() -> bool:
+    """Whether this thread is one of a lane's: it can't wait for a pipeline to close."""
+    return _this_thread.is_lanes
+
+
 class Job:
     """What a lane is asked for. Whoever asked waits for `is_ended`, in the lane's condition."""
 
@@ -98,6 +116,8 @@ class Job:
         self.is_cancelled = False
         """Nobody wants it any more."""
         self.is_ended = False
+        self.is_known = False
+        """Whether a lane has it, or had it."""
         self.under_way = 0
         """Chunks."""
         self.cuts: Cuts | None = None
@@ -121,7 +141,9 @@ class Fetch(Job):
         self.wanted = list(wanted)
         self.outs = outs
         self.after = list(after)
-        """Events before which the memory of `outs` is not to be written to."""
+        """Events before which its memory is not to be written to."""
+        self.claimed: list[tuple[int, int]] = []
+        """Where the memory of `outs` is."""
         self.lane = ""
         self.nbytes = 0
         """As far as is known when it is begun."""
@@ -134,6 +156,8 @@ class Fetch(Job):
         """Their bytes."""
         self.event: Any = None
         """After the last copy, where there are copies."""
+        self.is_ordered = False
+        """Whether what comes next comes after `after`."""
 
 
 class Put(Job):
@@ -158,8 +182,10 @@ class Chunk:
         self.spans = spans
         self.nbytes = sum([span.stop - span.start for span in spans])
         self.is_staged = is_staged
-        self.io: Any = None
+        self.io: Sequence[Any] = ()
+        """What it is being read or written by: has wait()."""
         self.event: Any = None
+        """After its copies; None where there are none, or the device has failed."""
 
 
 class Lane(ABC):
@@ -185,20 +211,25 @@ class Lane(ABC):
     # ---- for others --------------------------------------------------------------------------
 
     def submit(self, job: Job) -> None:
-        """Puts a job behind the others; once, however often. Raises ClosedError."""
+        """Puts a job behind the others; once, however often. It ends with ClosedError where it
+        comes too late."""
         with self.changed:
-            if self._is_closing:
-                raise _closed()
-            if job.is_ended or job is self._current or job in self._jobs:
-                return
-            self._jobs.append(job)
-            if self._thread is None:
-                thread = threading.Thread(
-                    target=self._run, name=f"dualblade-{self.name}", daemon=True
-                )
-                thread.start()
-                self._thread = thread
-            self.changed.notify_all()
+            if not (job.is_known or job in self._jobs):
+                if self._is_closing:
+                    job.fail(_closed())
+                    job.is_ended = True
+                    return
+                self._jobs.append(job)
+            job.is_known = True
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """There is something to do. With the lock held; again where an interrupt cut it short."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, name=f"dualblade-{self.name}", daemon=True)
+            thread.start()
+            self._thread = thread
+        self.changed.notify_all()
 
     def wait(self, job: Job, timeout: float | None = None) -> bool:
         """Whether a job has ended within the time."""
@@ -213,6 +244,11 @@ class Lane(ABC):
     def cancel(self, job: Job) -> None:
         """Has no more chunks of it begun. It ends when those that are under way have."""
         job.is_cancelled = job.is_cut = True
+        with self.changed:
+            if job.is_known or job in self._jobs:
+                self._go_on()
+            else:
+                job.is_ended = True  # an interrupt came before it was submitted
 
     @property
     def _gives_up(self) -> bool:
@@ -223,6 +259,8 @@ class Lane(ABC):
         """Ends what is under way, and after it the thread."""
         with self.changed:
             self._is_closing = True
+            if self._jobs:
+                self._go_on()
             self.changed.notify_all()
 
     def join(self) -> None:
@@ -247,6 +285,11 @@ class Lane(ABC):
     # ---- the thread --------------------------------------------------------------------------
 
     def _run(self) -> None:
+        with self.changed:
+            if self._thread not in (None, threading.current_thread()):
+                return  # an interrupt came between its start and the note of it
+            self._thread = threading.current_thread()
+        _this_thread.is_lanes = True
         try:
             while self._wait_for_work():
                 self._step()
@@ -258,9 +301,15 @@ class Lane(ABC):
         """Ends all jobs with an error that is this thread's own: nobody may wait for ever."""
         with self.changed:
             self._is_closing = True
-            jobs = dict.fromkeys([*self._jobs, *[chunk.job for chunk in self._under_way()]])
+            chunks = self._under_way()
+            jobs = dict.fromkeys([*self._jobs, *[chunk.job for chunk in chunks]])
             jobs |= dict.fromkeys([self._current] if self._current else [])
             self._jobs.clear()
+        for chunk in chunks:  # their memory is somebody else's afterwards
+            for each in [*chunk.io, chunk.event]:
+                with contextlib.suppress(Exception):
+                    if each is not None:
+                        each.wait()
         for job in jobs:
             job.fail(error)
             self._finish(job)
@@ -317,7 +366,8 @@ class Lane(ABC):
             job = self._current
             if self._gives_up and not job.is_cut:
                 job.fail(_closed())
-            if job.is_cut:
+            if job.is_cut or job.cuts.is_empty:  # looked at first: who waits for it need not wait
+                job.is_cut = True  # for room that it has no use for
                 self._leave(job)
                 continue
             choice = self._choice
@@ -325,12 +375,7 @@ class Lane(ABC):
                 return
             if self._ring is not None and not self._ring.has_room(choice.chunk_bytes):
                 return
-            cuts = job.cuts.next(choice)
-            if not cuts:
-                job.is_cut = True
-                self._leave(job)
-                continue
-            self._start_chunk(job, cuts, memory_of)
+            self._start_chunk(job, job.cuts.next(choice), memory_of)
 
     def _start_chunk(
         self,
@@ -369,6 +414,13 @@ class Lane(ABC):
             else:
                 self._stream.wait(event)
 
+    def _record(self, chunk: Chunk) -> None:
+        """Notes the place in the stream after a chunk's copies."""
+        try:
+            chunk.event = self._stream.record()
+        except Exception as error:  # noqa: BLE001  of a device on which nothing runs any more
+            chunk.job.fail(error)
+
     @abstractmethod
     def _add(self, chunk: Chunk) -> None:
         """Notes that a chunk is under way, or has failed to be."""
@@ -379,6 +431,7 @@ class Lane(ABC):
             if not self._jobs:
                 return False
             job = self._jobs[0]
+            job.is_known = True
         if self._gives_up:
             job.fail(_closed())
         if not job.is_cut:
@@ -449,7 +502,7 @@ class FetchLane(Lane):
         return [*self._reads, *self._copies]
 
     def _step(self) -> None:
-        while self._copies and self._copies[0].event.done:
+        while self._copies and _is_done(self._copies[0].event):
             self._end_copy()
         self._start_chunks(lambda job, which: job.targets[which])
         if self._reads:
@@ -467,15 +520,22 @@ class FetchLane(Lane):
         parts = job.reading.parts
         job.cuts = Cuts([(part.start, part.stop) for part in parts])
         if job.outs is None:
-            events = self._place(job)
+            self._place(job)
         else:
             self._take_outs(job)
-            events = job.after
-        self._wait_for(events)
+        if self._stream is None:
+            self._order(job)
         return True
 
-    def _place(self, job: Fetch) -> list[Any]:
-        """Gives a job memory of the device; returns after what it may be written to."""
+    def _order(self, job: Fetch) -> None:
+        """Has its memory left alone by those before. As late as may be: in the stream, what is
+        copied of the group before would wait as well."""
+        if not job.is_ordered:
+            self._wait_for(job.after)
+            job.is_ordered = True
+
+    def _place(self, job: Fetch) -> None:
+        """Gives a job memory of the device."""
         parts = job.reading.parts
         places, end = [], 0
         for part in parts:
@@ -483,12 +543,11 @@ class FetchLane(Lane):
             first = end + part.start % BLOCK_BYTES if self._stream is None else end
             places.append(first)
             end = round_up(first + part.stop - part.start, BLOCK_BYTES)
-        job.memory, events = self._buffers.lend(end, self._stream)
+        job.memory, job.after = self._buffers.lend(end, self._stream)
         for part, first in zip(parts, places, strict=True):
             target = job.memory[first : first + part.stop - part.start]
             job.arrays.append(self._device.array_over(target, part.shape, part.dtype))
             job.targets.append(_From(self._bytes(target), part.start))
-        return events
 
     def _take_outs(self, job: Fetch) -> None:
         parts = job.reading.parts
@@ -508,7 +567,7 @@ class FetchLane(Lane):
         return self._device.host_bytes_of(memory) if self._stream is None else memory
 
     def _start(self, chunk: Chunk) -> None:
-        chunk.io = chunk.job.reading.read(chunk.spans)
+        chunk.io = [chunk.job.reading.read(chunk.spans)]
 
     def _add(self, chunk: Chunk) -> None:
         self._reads.append(chunk)
@@ -518,10 +577,11 @@ class FetchLane(Lane):
         chunk = self._reads.popleft()
         job = chunk.job
         try:
-            if chunk.io is not None:
-                chunk.io.wait()
-                chunk.io = None
+            for io in chunk.io:
+                io.wait()
+            chunk.io = ()
             if self._stream is not None and not job.is_cancelled and job.error is None:
+                self._order(job)
                 for which, start, stop, memory in chunk.spans:
                     self._stream.copy_to_device(job.targets[which][start:stop], memory)
             self._count(chunk.nbytes)
@@ -530,8 +590,8 @@ class FetchLane(Lane):
         if self._stream is None:
             self._is_over(chunk)
             return
-        # Also after an error: some of it may be on its way.
-        chunk.event = job.event = self._stream.record()
+        self._record(chunk)  # also after an error: some of it may be on its way
+        job.event = chunk.event or job.event
         self._copies.append(chunk)
         job.under_way -= 1
         if not job.under_way and job is not self._current:
@@ -541,7 +601,8 @@ class FetchLane(Lane):
         """Waits for the oldest copy, and takes its staging back."""
         chunk = self._copies.popleft()
         try:
-            chunk.event.wait()
+            if chunk.event is not None:
+                chunk.event.wait()
         except Exception as error:  # noqa: BLE001  as above
             # What was put into the stream behind it may have been left out.
             for each in [chunk, *self._copies]:
@@ -552,6 +613,10 @@ class FetchLane(Lane):
         if job.reading is not None:
             job.reading.end()
             job.reading = None
+
+
+def _is_done(event: Any) -> bool:
+    return event is None or event.done
 
 
 def _closed() -> ClosedError:
@@ -604,7 +669,7 @@ class PutLane(Lane):
 
     def _add(self, chunk: Chunk) -> None:
         if self._stream is not None:
-            chunk.event = self._stream.record()
+            self._record(chunk)
         self._copies.append(chunk)
 
     def _end_copy(self) -> None:

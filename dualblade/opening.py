@@ -32,6 +32,7 @@ from dualblade.governor import Governor
 from dualblade.header import DATA_OFFSET, HEADER_BYTES, Header
 from dualblade.index import Index
 from dualblade.memory import MemoryWatch, format_size, page_cache_budget, parse_size
+from dualblade.pipeline import close_all as close_pipelines
 from dualblade.residency import BINDINGS, POLICIES, Binding, Policy, Residency
 from dualblade.safety import Target, check_targets
 from dualblade.store import TensorStore
@@ -638,6 +639,7 @@ def _close_all() -> None:
         stack.callback(join_orphans)
         for store in list(_open_stores):
             stack.callback(store.close)
+        stack.callback(close_pipelines)  # first: the last that was put there
 
 
 def _forget_all() -> None:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
+import sys
+import threading
 import time
 import warnings
+import weakref
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dualblade import tensor
 from dualblade.errors import ClosedError
-from dualblade.lanes import Fetch, FetchLane, Lane, Put, PutLane, Wanted
+from dualblade.gpu_schedule import is_worker
+from dualblade.lanes import Fetch, FetchLane, Lane, Put, PutLane, Wanted, is_lanes
 from dualblade.memory import format_size
 from dualblade.staging import Buffers, Meter, Ring
 from dualblade.ticket import Ticket
@@ -30,6 +35,24 @@ LOOKAHEAD_GROUPS = 64
 """So far ahead the next groups of each path are looked for."""
 
 Key = str | tuple[str, int, int]
+
+_open: weakref.WeakSet[Pipeline] = weakref.WeakSet()
+
+
+def _where_one_can_wait(close: Callable[[], None]) -> None:
+    """Calls it; in another thread where this is one that it waits for: what nobody has any more
+    may be collected in any."""
+    if is_lanes() or is_worker():
+        _thread.start_new_thread(close, ())
+    else:
+        close()
+
+
+def close_all() -> None:
+    """Closes what nobody closed. At the end of the process, while there are threads."""
+    for pipe in list(_open):
+        with contextlib.suppress(Exception):
+            pipe.close()
 
 
 class Pipeline:
@@ -56,6 +79,7 @@ class Pipeline:
         self._source = source
         self._pid = os.getpid()
         self._is_closed = True  # until all is there
+        self._closing = threading.RLock()
         self._in_place = device.unified or _is_plain_host(device)
         rooms = {} if self._in_place else _rooms(staging_bytes)
         self._rooms = rooms
@@ -66,13 +90,16 @@ class Pipeline:
         self._waited_s = 0.0
         self._streams: list[Any] = []
         self._arena: Any = None
+        self._registered: Any = None
         self._registered_bytes = 0
         self._lanes: dict[str, Any] = {}
         self._is_closed = False
+        _open.add(self)
         try:
             if rooms:
                 self._arena = device.arena(sum(rooms.values()))
-                self._registered_bytes = source.register_memory(self._arena.array)
+                self._registered = self._arena.array
+                self._registered_bytes = source.register_memory(self._registered)
             self._make_lanes(rooms, tuners)
         except BaseException:
             self.close()
@@ -112,7 +139,8 @@ class Pipeline:
         in the order of the keys. They are yielded in the order of the caller's current stream: what
         is enqueued there runs when they have come. Their memory is used again after what the caller
         has enqueued there until it asks for the next group; it is the caller's if `out` gives, for
-        each group, arrays of the right shapes and dtypes to be filled.
+        each group, arrays of the right shapes and dtypes to be filled. An array may come again:
+        then that group begins to come when the one before has been used.
 
         The next groups are under way meanwhile, so `groups` and `out` are iterated ahead. Raises
         what the store's get() raises when it comes to the group that it is about, and then, as
@@ -131,10 +159,10 @@ class Pipeline:
                 yield arrays
                 ahead.is_used()
         finally:
-            ahead.close()
+            _where_one_can_wait(ahead.close)
 
     def begin(self, fetch: Fetch) -> None:
-        """Starts to read a group, for `take()`. Raises ClosedError."""
+        """Starts to read a group, for `take()` or `cancel()`. Raises ClosedError."""
         self._check_open()
         fetch.is_begun = True
         self._lanes[fetch.lane].submit(fetch)
@@ -174,7 +202,7 @@ class Pipeline:
         if fetch.event is not None:
             with contextlib.suppress(Exception):  # nobody asks any more how it went
                 fetch.event.wait()
-        self.give_back(fetch, [])
+        self.give_back(fetch, fetch.after)  # others may still be at work with it
 
     def ahead_bytes(self, lane: str) -> int:
         """At least so much of small groups is under way."""
@@ -258,19 +286,21 @@ class Pipeline:
         self._is_closed = True
         if os.getpid() != self._pid:
             return  # its threads and their locks are the parent's
-        lanes: list[Lane] = list(self._lanes.values())
-        for lane in lanes:
-            lane.begin_close()
-        for lane in lanes:
-            lane.join()
-        self._buffers.close()
-        while self._streams:
-            self._streams[-1].close()
-            self._streams.pop()
-        arena = self._arena
-        if arena is not None and not arena.closed:
-            self._source.unregister_memory(arena.array)
-            arena.close()
+        with self._closing:  # who closes it at the same time returns when it is closed, too
+            lanes: list[Lane] = list(self._lanes.values())
+            for lane in lanes:
+                lane.begin_close()
+            for lane in lanes:
+                lane.join()
+            self._buffers.close()
+            for stream in self._streams:
+                stream.close()
+            if self._registered is not None:
+                self._source.unregister_memory(self._registered)
+                self._registered = None
+            if self._arena is not None:
+                self._arena.close()
+            _open.discard(self)
 
     def __enter__(self) -> Pipeline:
         self._check_open()
@@ -280,11 +310,12 @@ class Pipeline:
         self.close()
 
     def __del__(self) -> None:
-        if not getattr(self, "_is_closed", True):
-            try:
-                warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
-            finally:
-                self.close()
+        if getattr(self, "_is_closed", True) or sys.is_finalizing():
+            return
+        try:
+            warnings.warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
+        finally:
+            _where_one_can_wait(self.close)
 
     def __repr__(self) -> str:
         state = "closed" if self._is_closed else "open"
@@ -312,34 +343,34 @@ class _Ahead:
         self._is_taken = False
         self.stream: Any = None
         """The caller's, in whose order the current group is used."""
-        self._used: list[Any] = []
-        """The event after what the caller had enqueued when it asked for the current group."""
 
     def next(self) -> list[Any] | None:
         """The arrays of the next group, ordered in `stream`; None after the last."""
         self.stream = self._pipe.device.current_stream()
-        if self._outs is not None and not self._used:
-            self._used = [self.stream.record()]
         self._fill()
         if not self._known:
             return None
         self._current = self._known[0]
         self._known.popleft()
+        self._fill()  # while the caller waits for this one and uses it, the next are under way
         arrays = self._pipe.take(self._current, self.stream)
         self._is_taken = True
-        self._fill()  # while the caller uses this one, the next are under way
         return arrays
 
     def is_used(self) -> None:
         """The caller has enqueued all that uses the current group."""
         fetch, self._current, self._is_taken = self._current, None, False
-        self._used = [self.stream.record()]
-        self._pipe.give_back(fetch, self._used)
+        self._pipe.give_back(fetch, [self.stream.record()])
 
     def close(self) -> None:
         """Ends what is under way."""
-        if self._is_taken:
-            self.is_used()
+        try:
+            if self._is_taken:
+                self.is_used()
+        finally:
+            self._cancel_all()
+
+    def _cancel_all(self) -> None:
         known, self._known = [self._current, *self._known], deque()
         self._current = None
         self._has_more = False
@@ -353,22 +384,29 @@ class _Ahead:
     def _fill(self) -> None:
         """Begins what should be under way."""
         ahead = {"direct": [0, 0], "pagecache": [0, 0]}
+        claimed = [] if self._current is None else list(self._current.claimed)
         for fetch in self._known:
-            self._count(fetch, ahead[fetch.lane])
+            self._count(fetch, ahead[fetch.lane], claimed)
         while self._has_more and len(self._known) < LOOKAHEAD_GROUPS:
             if all(self._is_enough(lane, counts) for lane, counts in ahead.items()):
                 return
             fetch = self._look()
             if fetch is not None:
                 self._known.append(fetch)
-                self._count(fetch, ahead[fetch.lane])
+                self._count(fetch, ahead[fetch.lane], claimed)
 
-    def _count(self, fetch: Fetch, counts: list[int]) -> None:
-        """Counts a group that is under way, or begins it if there is not enough yet."""
+    def _count(self, fetch: Fetch, counts: list[int], claimed: list[tuple[int, int]]) -> None:
+        """Counts a group that is under way, or begins it if there is not enough yet.
+
+        `claimed` is the memory of the groups before it, which is theirs until they were used.
+        """
+        may_begin = not (self._is_enough(fetch.lane, counts) or _overlap(fetch.claimed, claimed))
+        claimed += fetch.claimed
         if not fetch.is_begun:
-            if self._is_enough(fetch.lane, counts):
+            if not may_begin:
                 return
-            fetch.after = self._used
+            if fetch.outs is not None:
+                fetch.after = [self.stream.record()]  # the caller may just have made them
             self._pipe.begin(fetch)
         counts[0] += 1
         counts[1] += fetch.nbytes
@@ -391,6 +429,7 @@ class _Ahead:
                 fetch.outs = next(self._outs, None)
                 if fetch.outs is None:
                     raise ValueError("out has fewer groups than there are groups of keys")
+                fetch.claimed = [self._pipe.device.span_of(array) for array in fetch.outs]
             infos = [self._source.info(key) for key, _, _ in wanted]
         except Exception as error:  # noqa: BLE001  raised when the caller comes to this group
             fetch.fail(error)
@@ -434,6 +473,10 @@ def _wanted(group: Iterable[Key]) -> list[Wanted]:
     if isinstance(group, str):
         raise TypeError(f"{group!r} is a str: a group is a list of keys")
     return [(key, None, None) if isinstance(key, str) else key for key in group]
+
+
+def _overlap(some: Sequence[tuple[int, int]], others: Sequence[tuple[int, int]]) -> bool:
+    return any(a < d and c < b for a, b in some for c, d in others)
 
 
 def _is_plain_host(device: Any) -> bool:

@@ -90,7 +90,7 @@ class Buffers:
         with self._lock:
             fitting = [each for each in self._idle if nbytes <= each[0].nbytes]
             if fitting:
-                found = min(fitting, key=_size)
+                found = min(fitting, key=_how_good)
                 self._idle = [each for each in self._idle if each is not found]
                 return found[0], [event for event in found[1] if not event.done]
             # Too small for what is wanted now: it would only lie there.
@@ -115,5 +115,7 @@ class Buffers:
                     event.wait()
 
 
-def _size(lendable: tuple[Any, list[Any]]) -> int:
-    return lendable[0].nbytes
+def _how_good(lendable: tuple[Any, list[Any]]) -> tuple[bool, int]:
+    """Less is better: memory that nobody is at work with, and then no larger than it must be."""
+    memory, events = lendable
+    return not all(event.done for event in events), memory.nbytes
