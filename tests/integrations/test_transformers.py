@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dualblade
-from dualblade.gpu import HostDevice
+from dualblade.gpu import HostDevice, open_device
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -592,3 +592,55 @@ def test_beams_on_a_device_are_the_same(store, device):
     theirs = run(model, DynamicCache(config=model.config), inputs, **options)
     with DualBladeCache(store, model.config, device=device) as cache:
         assert_same(run(model, cache, inputs, **options), theirs)
+
+
+@pytest.fixture
+def cuda():
+    """A GPU's name to torch, or the test is skipped with the reason why there is none."""
+    try:
+        return open_device("cuda").name
+    except dualblade.UnsupportedError as error:
+        pytest.skip(str(error))
+
+
+def on(name, inputs):
+    return {key: each.to(name) for key, each in inputs.items()}
+
+
+# Kernels of a GPU may take other ways to the same number: tokens are compared, not logits' bits.
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beams", "chunked prefill"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generates_on_cuda_what_dynamic_cache_generates(store, cuda, family, mode):
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU here")
+    model, inputs = copy.deepcopy(model_of(family)).to(cuda), on(cuda, prompts())
+    theirs = run(model, DynamicCache(config=model.config), inputs, **MODES[mode])
+    with DualBladeCache(store, model.config) as cache:
+        ours = run(model, cache, inputs, **MODES[mode])
+        assert ours[0].tolist() == theirs[0].tolist()
+        torch.testing.assert_close(ours[1], theirs[1])
+        if mode == "greedy":
+            ahead = cache.stats()["devices"][cuda]["ahead_used"]
+            assert ahead > 20 * (len(cache.layers) - 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_on_cuda(store, cuda, dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU here")
+    model, inputs = copy.deepcopy(model_of("llama", dtype)).to(cuda), on(cuda, prompts())
+    theirs = run(model, DynamicCache(config=model.config), inputs)
+    with DualBladeCache(store, model.config) as cache:
+        assert run(model, cache, inputs)[0].tolist() == theirs[0].tolist()
+
+
+def test_a_stream_of_torchs_on_cuda(store, cuda):
+    """Nothing that a model does in a stream of its own is overtaken by what the cache does."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU here")
+    model, inputs = copy.deepcopy(model_of("llama")).to(cuda), on(cuda, prompts())
+    theirs = run(model, DynamicCache(config=model.config), inputs)
+    with torch.cuda.stream(torch.cuda.Stream()), DualBladeCache(store, model.config) as cache:
+        assert run(model, cache, inputs)[0].tolist() == theirs[0].tolist()
