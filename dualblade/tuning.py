@@ -34,12 +34,14 @@ HYSTERESIS = 1.03
 """So much faster another one has to be to take the place of the one in use."""
 CHANGED = 0.15
 """Rates that differ by more from what they were are a reason to try again."""
-RECENT_STEPS = 8
+RECENT_STEPS = 32
+"""A drive that others use as well is slower for moments: the median of about a second counts."""
 RETRY_S = 600.0
 """Of moving bytes, after which everything is tried again anyway."""
-PATIENCE_STEPS = 16
-PATIENCE_MAX_STEPS = 4096
-"""Before changed rates are believed; doubled whenever trying again has changed nothing."""
+PATIENCE = 8
+PATIENCE_MAX = 128
+"""So many times the steps of a trial go by before changed rates are a reason for another: what is
+tried is slower than what is used. Doubled whenever trying again has changed nothing."""
 
 
 class Choice(NamedTuple):
@@ -114,7 +116,8 @@ class Tuner:
         self._reference = 0.0
         self._settled_steps = 0
         self._settled_s = 0.0
-        self._patience = PATIENCE_STEPS
+        self._patience = PATIENCE
+        self._trial_steps = 0
         self.trials = 0
         """How often everything was tried."""
         self._why = "the only one there is to choose"
@@ -158,7 +161,7 @@ class Tuner:
         self._remaining = list(self._candidates)
         self._rates = {choice: [] for choice in self._candidates}
         self._shares = {choice: [] for choice in self._candidates}
-        self._round = self._at = 0
+        self._round = self._at = self._trial_steps = 0
         self._use(self._remaining[0])
 
     def _use(self, choice: Choice) -> None:
@@ -167,6 +170,7 @@ class Tuner:
         self.choice = choice
 
     def _tried(self, rate: float) -> None:
+        self._trial_steps += 1
         self._rates[self.choice].append(rate)
         self._at += 1
         if self._at == len(self._remaining):
@@ -207,9 +211,9 @@ class Tuner:
             self._why = f"the fastest of {len(self._candidates)} that were tried, with {found}"
         is_other = before is not None and best != before
         if before is not None:
-            self._patience = min(self._patience * 2, PATIENCE_MAX_STEPS)
+            self._patience = min(self._patience * 2, PATIENCE_MAX)
         if is_other:
-            self._patience = PATIENCE_STEPS
+            self._patience = PATIENCE
         self._settled = best
         self._recent.clear()
         self._reference = 0.0
@@ -229,7 +233,9 @@ class Tuner:
             self._reference = recent
         if self._settled_s >= RETRY_S:
             self._try(f"tried again after {RETRY_S:.0f} s")
-        elif self._settled_steps >= self._patience and abs(recent / self._reference - 1) > CHANGED:
+            return
+        is_patient = self._settled_steps < self._patience * self._trial_steps
+        if not is_patient and abs(recent / self._reference - 1) > CHANGED:
             self._try(
                 f"tried again: {self._reference / 1e6:.0f} MB/s have become {recent / 1e6:.0f}"
             )

@@ -279,9 +279,7 @@ def test_garbage_that_a_copy_engine_collects_is_closed_all_the_same(
 
 
 @pytest.mark.parametrize("bandwidth", [None, 1e9])
-def test_a_process_ends_with_a_pipeline_that_nobody_closed(
-    tmp_path: Path, bandwidth: float | None
-):
+def test_a_process_ends_with_a_pipeline_that_nobody_closed(tmp_path: Path, bandwidth: float | None):
     script = f"""
 import dualblade, numpy
 from dualblade.gpu import HostDevice

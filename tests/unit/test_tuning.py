@@ -150,11 +150,36 @@ def test_changed_rates_are_tried_again_and_another_choice_taken():
     assert tuner.choice == first
     assert tuner.trials == 1
     simulation.rate = drive(second, rate=1e9)
-    simulation.run(8 << 30)
+    simulation.run(96 << 30)
     simulation.until_settled()
     assert tuner.choice == second
     assert tuner.trials == 2
     assert "the fastest of 24" in tuner.stats()["why"]
+
+
+def test_a_drive_that_is_slower_for_moments_is_not_a_reason_to_try_again():
+    best = Choice(2 * MIB, 8, "cross")
+    tuner = Tuner(candidates(32 * MIB))
+    likes = drive(best, rate=2e9)
+    simulation = Simulation(
+        tuner, lambda choice, now: likes(choice, now) * (0.5 + (now % 2 > 0.4) / 2)
+    )
+    simulation.until_settled()
+    simulation.run(256 << 30)
+    assert tuner.trials == 1
+
+
+def test_trying_again_takes_a_small_part_of_the_time():
+    best = Choice(2 * MIB, 8, "cross")
+    tuner = Tuner(candidates(32 * MIB))
+    likes = drive(best, rate=2e9)
+    simulation = Simulation(tuner, lambda choice, now: likes(choice, now) * (1 + (now // 3) % 2))
+    settled = []
+    for _ in range(2000):
+        simulation.run(128 << 20)
+        settled.append(tuner.is_settled)
+    assert 1 < tuner.trials
+    assert settled.count(False) < len(settled) / 6
 
 
 def test_small_changes_are_not_tried_again():
