@@ -101,7 +101,7 @@ def run(path: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         (number, percent, policy, is_piped)
         for number in range(options.rounds)
         for percent in options.budgets
-        for policy, is_piped in VARIANTS
+        for policy, is_piped in VARIANTS[:: -1 if number % 2 else 1]  # a drive drifts
         if policy in options.policies
     ]
     rows = []

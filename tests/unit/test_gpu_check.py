@@ -116,6 +116,44 @@ def test_the_time_limit_ends_a_step(tool, tmp_path):
     assert steps.results["later"]["status"] == "skipped"
 
 
+def test_a_step_that_takes_too_long_leaves_time_for_the_others(tool, tmp_path, monkeypatch):
+    monkeypatch.setitem(tool.LIMITS_S, "endless", 1)
+    steps = tool.Steps(tmp_path, dict(os.environ), 60)
+    assert not steps.run("endless", [sys.executable, "-c", "import time; time.sleep(600)"])
+    assert steps.run("later", [sys.executable, "-c", ""])
+    steps.log.close()
+    assert steps.results["endless"]["last_line"] == "ended after 1 s"
+    assert steps.results["later"]["status"] == "passed"
+
+
+def test_without_a_control_group_the_benchmark_that_needs_one_is_skipped(
+    tool, tmp_path, monkeypatch
+):
+    steps = tool.Steps(tmp_path, dict(os.environ), 60)
+    monkeypatch.setattr(tool.Steps, "no_group", lambda _: "there is no memory controller")
+    assert steps.bench("paper")
+    steps.log.close()
+    assert steps.results["paper"] == {
+        "status": "skipped",
+        "seconds": 0.0,
+        "why": "there is no memory controller",
+    }
+
+
+def test_the_benchmarks_understand_what_they_are_given(tool):
+    for name, options in tool.BENCHES.items():
+        done = subprocess.run(
+            [sys.executable, ROOT / "bench" / f"{name}.py", *options.split(), "--help"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert {word for word in options.split() if word.startswith("--")} <= set(
+            done.stdout.replace(",", " ").split()
+        )
+
+
 def test_libraries_are_laid_out_as_plain_files(tool, tmp_path):
     tree, deps = tmp_path / "tree", tmp_path / "deps"
     lib = tree / "usr/lib/x86_64-linux-gnu"
