@@ -68,7 +68,7 @@ def fill(store: dualblade.TensorStore) -> dict[str, np.ndarray]:
 def assert_holds(store: dualblade.TensorStore, expected: dict[str, np.ndarray]) -> None:
     assert sorted(store.keys()) == sorted(expected)
     for key, array in expected.items():
-        np.testing.assert_array_equal(store.get(key), array)
+        assert np.array_equal(store.get(key), array), key
 
 
 def is_settled(store: dualblade.TensorStore) -> bool:
