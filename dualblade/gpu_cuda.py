@@ -122,23 +122,22 @@ class CudaDevice:
         It comes from CuPy's pool in the order of `stream` (by default the caller's current one):
         others may use it after an event that was recorded there. It goes back there as well: who
         drops it while another stream still works with it has `stream` wait for that stream first.
-        Where `unified`, it is host memory that the GPU works in, and nothing may be at work with it
-        when it is dropped. Raises UnsupportedError for a
-        dtype that CuPy lacks, MemoryError.
+        Where `unified`, it is host memory that the GPU works in, with the same order. Raises
+        UnsupportedError for a dtype that CuPy lacks, MemoryError.
         """
         of = numpy_dtype(dtype_tag(dtype))
         dimensions = tuple(shape) if isinstance(shape, (tuple, list)) else (shape,)
         if self.unified and math.prod(dimensions):
-            return self._mapped_empty(dimensions, of)
+            return self._mapped_empty(dimensions, of, stream or self.current_stream())
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._cuda.use("allocating memory"))
             if stream is not None:
                 stack.enter_context(stream)
             return self._ndarray(dimensions, of, None)
 
-    def _mapped_empty(self, shape: tuple[int, ...], of: np.dtype[Any]) -> Any:
+    def _mapped_empty(self, shape: tuple[int, ...], of: np.dtype[Any], stream: CudaStream) -> Any:
         memory = aligned_empty(math.prod(shape) * of.itemsize, np.uint8)
-        mapped = Mapped(self._cuda, memory, is_shared=self._sees_host_memory)
+        mapped = Mapped(self._cuda, memory, stream, is_shared=self._sees_host_memory)
         self._mapped[mapped.ptr] = mapped
         return self._over(mapped.ptr, memory.nbytes, mapped, shape, of)
 

@@ -122,6 +122,17 @@ class Cuda:
             self.let_go()
         return event
 
+    def keep(self, held: object, stream: CudaStream) -> None:
+        """Keeps it alive until everything in a stream has ended."""
+        if self.is_forked or stream.closed:
+            return
+        with contextlib.suppress(DeviceError):  # of a GPU that does nothing any more
+            event = self.record(stream)
+            with self._lock:
+                self._recorded.append((event, [held]))
+            del held
+            self.let_go()
+
     def let_go(self) -> None:
         """Of the arrays of copies that are done."""
         with self._lock:
@@ -377,10 +388,30 @@ class CudaArena(Arena):
 
 
 class Mapped:
-    """Memory that the drive reads into and the GPU works in: pinned, page-aligned, mapped."""
+    """Memory that the drive reads into and the GPU works in: pinned, page-aligned, mapped.
+
+    It belongs to the order of a stream, as a pool's does: dropped, it goes after what is there.
+    """
+
+    def __init__(self, cuda: Cuda, array: Array, stream: CudaStream, *, is_shared: bool) -> None:
+        """`array` is page-aligned uint8; `is_shared` says that the GPU sees all host memory."""
+        self.array = array
+        self._cuda = cuda
+        self._stream = stream
+        self._pinned = _Pinned(cuda, array, is_shared=is_shared)
+        self.ptr = self._pinned.ptr
+        """Where the GPU sees it."""
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing() and hasattr(self, "_pinned"):
+            pinned, self._pinned = self._pinned, None
+            self._cuda.keep(pinned, self._stream)
+
+
+class _Pinned:
+    """Memory that is mapped as long as this is there."""
 
     def __init__(self, cuda: Cuda, array: Array, *, is_shared: bool) -> None:
-        """`array` is page-aligned uint8; `is_shared` says that the GPU sees all host memory."""
         self.array = array
         self._cuda = cuda
         self._address: int = array.__array_interface__["data"][0]

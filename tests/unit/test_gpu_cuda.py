@@ -15,7 +15,7 @@ import pytest
 import dualblade
 from dualblade import gpu
 from dualblade.errors import DualbladeWarning
-from tests.helpers import bytes_on
+from tests.helpers import Gate, bytes_on
 from tests.simulated_cuda import CUDARuntimeError, Simulation
 
 ROOT = Path(__file__).parents[2]
@@ -252,6 +252,22 @@ def test_memory_that_host_and_gpu_share_is_found(simulate, attributes, unified, 
     assert bool(simulation.pinned) is pins
     del array
     gc.collect()
+    assert simulation.pinned == {}
+
+
+def test_memory_that_is_shared_goes_after_what_works_with_it(simulate):
+    simulation = simulate(attributes={"Integrated": 1})
+    device = gpu.open_device("cuda")
+    gate = Gate()
+    stream = device.stream()
+    with stream:
+        array = device.empty(MIB, np.uint8)
+    simulation.module.cuda.runtime.launchHostFunc(stream.ptr, gate, 0)
+    del array
+    gc.collect()
+    assert len(simulation.pinned) == 1
+    gate.opened.set()
+    stream.close()
     assert simulation.pinned == {}
 
 
