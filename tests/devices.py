@@ -133,7 +133,7 @@ def given_target(path: str) -> Target:
     with open_exclusively(path) as file:
         (size_bytes,) = struct.unpack("Q", fcntl.ioctl(file, BLKGETSIZE64, bytes(8)))
         (lba_bytes,) = struct.unpack("i", fcntl.ioctl(file, BLKSSZGET, bytes(4)))
-        if any(file.read(1 << 20)) or _core.find_signature(path):
+        if file.read(1 << 20).strip(b"\0") or _core.find_signature(path):
             raise Unavailable(f"{path} is not blank; to lose what is on it: blkdiscard -z {path}")
     return Target(path, "given", size_bytes, lba_bytes)
 

