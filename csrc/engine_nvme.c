@@ -13,15 +13,7 @@
 
 #ifdef DUALBLADE_NO_URING
 
-static int nvme_open(const struct db_engine_config *config, struct db_engine **out)
-{
-    (void)config;
-    (void)out;
-    return -ENOSYS;
-}
-
-/* open() refuses, so nothing else of the table is ever called. */
-const struct db_engine_ops db_engine_nvme = {.name = "nvme", .open = nvme_open};
+const struct db_engine_ops db_engine_nvme = {.name = "nvme", .open = db_engine_absent};
 
 #else
 

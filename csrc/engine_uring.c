@@ -7,15 +7,7 @@
 
 #ifdef DUALBLADE_NO_URING
 
-static int uring_open(const struct db_engine_config *config, struct db_engine **out)
-{
-    (void)config;
-    (void)out;
-    return -ENOSYS;
-}
-
-/* open() refuses, so nothing else of the table is ever called. */
-const struct db_engine_ops db_engine_uring = {.name = "uring", .open = uring_open};
+const struct db_engine_ops db_engine_uring = {.name = "uring", .open = db_engine_absent};
 
 #else
 
