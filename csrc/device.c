@@ -211,7 +211,8 @@ static void configure(const struct db_device *device, enum db_path path, struct 
 /* Every member is an NVMe namespace, and takes commands. */
 static int use_nvme(struct db_device *device, struct setup *setup)
 {
-    uint32_t most_bytes = UINT32_MAX;
+    uint32_t most_bytes = UINT32_MAX, drive_bytes = UINT32_MAX;
+    bool has_placement = false;
     int rc = device->geometry.has_direct ? 0 : -ENODEV;
     for (uint32_t i = 0; !rc && i < device->stripes.member_count; i++) {
         struct db_member *member = &device->members[i];
@@ -219,6 +220,9 @@ static int use_nvme(struct db_device *device, struct setup *setup)
         setup->spaces[i] = &member->space;
         if (member->space.most_bytes < most_bytes)
             most_bytes = member->space.most_bytes;
+        if (member->space.drive_bytes < drive_bytes)
+            drive_bytes = member->space.drive_bytes;
+        has_placement = has_placement || member->space.has_placement;
     }
     if (!rc)
         rc = db_coherence_open(device->geometry.size_bytes, &device->coherence);
@@ -227,6 +231,7 @@ static int use_nvme(struct db_device *device, struct setup *setup)
     setup->config.spaces = setup->spaces;
     setup->config.coherence = &device->coherence;
     device->geometry.max_transfer_bytes = most_bytes;
+    device->geometry.has_placement = has_placement;
     /* One request is one command then, or several of a chunk; there is nothing to measure. */
     if (setup->config.request_bytes == 0 && most_bytes <= DB_REQUEST_LEAST_BYTES)
         setup->config.request_bytes =
@@ -238,6 +243,7 @@ static void leave_nvme(struct db_device *device)
 {
     for (uint32_t i = 0; i < device->stripes.member_count; i++)
         db_member_leave_nvme(&device->members[i]);
+    device->geometry.has_placement = false;
     db_coherence_close(&device->coherence);
 }
 

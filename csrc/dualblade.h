@@ -64,6 +64,7 @@ struct db_geometry {
     uint32_t physical_block_bytes; /* what the device writes without reading first */
     uint32_t memory_align_bytes;   /* what direct I/O asks of a buffer's address */
     uint64_t max_transfer_bytes;   /* the largest transfer that the kernel does not split */
+    bool has_placement; /* the direct path keeps writes to tails apart from others on the drive */
     bool is_block_device;
     bool has_direct;  /* false: this filesystem has no O_DIRECT, both paths are buffered */
     bool can_discard;
@@ -198,6 +199,8 @@ struct db_batch {
     uint32_t io_count;
     bool is_ahead; /* a read that nobody waits for yet: all of it goes to the device at once, when
                       those before it are almost done */
+    bool is_tail;  /* a write to the end of something that grows: a drive with data placement keeps
+                      it apart from what is written whole; others take no notice */
     /* private to queue.c */
     uint32_t next_io;
     uint64_t next_byte;

@@ -27,6 +27,7 @@ struct db_request {
     uint32_t length;
     int32_t slot;   /* of the registered memory that buffer lies in, or DB_REGION_NONE */
     bool by_block_device; /* engine_nvme.c: the page cache may hold some of it */
+    bool is_tail;         /* of a write: see db_batch */
     int64_t result;       /* bytes moved, or -errno */
     uint16_t nvme_status; /* not 0: what the drive answered; result is -EIO then */
     uint32_t error_at;    /* bytes from the beginning to what failed, if the engine knows */
@@ -102,7 +103,6 @@ struct db_engine_ops {
     void (*abandon)(struct db_engine *engine);
 };
 
-extern const struct db_engine_ops db_engine_uring, db_engine_nvme, db_engine_aio,
 /* The open() of an engine that is not built in: nothing else of its table is ever called. */
 static inline int db_engine_absent(const struct db_engine_config *config, struct db_engine **out)
 {
@@ -111,6 +111,7 @@ static inline int db_engine_absent(const struct db_engine_config *config, struct
     return -ENOSYS;
 }
 
+extern const struct db_engine_ops db_engine_uring, db_engine_nvme, db_engine_aio,
     db_engine_threads;
 
 #endif

@@ -31,6 +31,7 @@ const struct db_engine_ops db_engine_nvme = {.name = "nvme", .open = db_engine_a
 enum {
     OPCODE_WRITE = 0x01,
     OPCODE_READ = 0x02,
+    PLACED = 2 << 20, /* in a write: the handle that it names is one of data placement */
     COMMANDS_EACH = 4, /* of one request at a time, on average; the ring holds no more */
     COMMANDS_MAX = 16384,
     REGION_BYTES = 1 << 30, /* the kernel takes at most so much at once */
@@ -100,13 +101,17 @@ static void prepare_passthrough(struct db_engine *engine, const struct command *
     nvme->cdw12 = blocks - 1; /* counted from zero */
     /* Nobody below compares these: the drive would go on behind the memory's end. */
     assert(blocks > 0 && blocks <= 1 << 16);
-    assert((nvme->cdw12 + 1) << space->lba_shift == nvme->data_len);
+    assert(((nvme->cdw12 & 0xffff) + 1) << space->lba_shift == nvme->data_len);
     assert(first << space->lba_shift == offset);
     assert(command->at + command->length <= request->length);
 }
 
 static void prepare_block(struct db_engine *engine, const struct command *command,
                           struct io_uring_sqe *sqe)
+    if (request->direction == DB_WRITE && space->has_placement) {
+        nvme->cdw12 |= PLACED;
+        nvme->cdw13 = (uint32_t)(request->is_tail ? space->tail_handle : space->run_handle) << 16;
+    }
 {
     const struct db_request *request = command->request;
     bool reads = request->direction == DB_READ;

@@ -23,6 +23,7 @@ enum {
     OPCODE_FLUSH = 0x00,
     OPCODE_DATASET_MANAGEMENT = 0x09,
     OPCODE_IDENTIFY = 0x06, /* of the admin commands */
+    OPCODE_MANAGEMENT_RECEIVE = 0x12,
     IDENTIFY_NAMESPACE = 0,
     IDENTIFY_CONTROLLER = 1,
     IDENTIFY_BYTES = 4096,
@@ -30,6 +31,19 @@ enum {
     RANGES_MAX = 256,    /* in one such command */
     CAN_DEALLOCATE = 1 << 2, /* optional commands: dataset management */
     LEAST_PAGE_BYTES = 4096, /* of a controller; where its own is larger, so is its limit */
+    READS_AFTER = 7,         /* of its deallocate features: what a deallocated block reads as, */
+    READS_ZEROS = 1,
+    READS_ONES = 2,
+    ZERO_DEALLOCATES = 1 << 3, /* and that a write zeroes command may deallocate */
+    DEALLOCATES = 1 << 25,     /* in such a command */
+    HAS_PLACEMENT = 1 << 19,   /* attribute of a controller: flexible data placement */
+    HANDLE_STATUS = 1,         /* that a management receive is for */
+    HANDLES_AT = 16,           /* and the handles in its answer */
+    HANDLE_BYTES = 32,
+    STATUS_TYPE = 7 << 8,
+    PATH_RELATED = 3 << 8, /* a status of this type is the kernel's, and the drive's work undone */
+    DO_NOT_RETRY = 1 << 14,
+    PATH_TRIES = 6,
     BLOCKS_MAX = 1 << 16,    /* of one read or write: the count has 16 bits */
 };
 
@@ -108,6 +122,11 @@ static uint16_t word_at(const uint8_t *data, size_t at)
 }
 
 static uint64_t long_at(const uint8_t *data, size_t at)
+static uint32_t dword_at(const uint8_t *data, size_t at)
+{
+    return word_at(data, at) | (uint32_t)word_at(data, at + 2) << 16;
+}
+
 {
     uint64_t value = 0;
     for (int i = 7; i >= 0; i--)
@@ -187,6 +206,30 @@ static void read_limits(struct db_nvme_namespace *space, dev_t block_device, con
 /* Both nodes say which namespace they are of: by their names alone it would be a guess. */
 static int check_same(struct db_nvme_namespace *space, int block_fd)
 {
+    /* The kernel gives 0 for drives that can't, or are known to do it badly. */
+    if (!space->forgets && db_queue_attribute(block_device, "write_zeroes_max_bytes", &value) == 0)
+        space->zero_bytes = (uint32_t)(least(value, (uint64_t)BLOCKS_MAX * space->lba_bytes) /
+                                       space->lba_bytes * space->lba_bytes);
+}
+
+/* The handles that the namespace may place data with. The first is also that of all who name none;
+ * no answer is no placement, which nobody has a right to. */
+static void read_handles(struct db_nvme_namespace *space, uint8_t *data)
+{
+    struct nvme_passthru_cmd command = {
+        .opcode = OPCODE_MANAGEMENT_RECEIVE,
+        .nsid = space->nsid,
+        .addr = (uint64_t)(uintptr_t)data,
+        .data_len = HANDLES_AT + 2 * HANDLE_BYTES, /* of two, or some refuse to give less */
+        .cdw10 = HANDLE_STATUS,
+        .cdw11 = (HANDLES_AT + 2 * HANDLE_BYTES) / 4 - 1, /* counted from zero */
+    };
+    memset(data, 0, IDENTIFY_BYTES);
+    if (ioctl(space->fd, NVME_IOCTL_IO_CMD, &command) != 0)
+        return;
+    space->has_placement = word_at(data, 14) >= 2;
+    space->run_handle = word_at(data, HANDLES_AT);
+    space->tail_handle = word_at(data, HANDLES_AT + HANDLE_BYTES);
     int nsid = ioctl(space->fd, NVME_IOCTL_ID);
     if (nsid <= 0)
         return nsid < 0 ? -errno : -ENODEV;
@@ -207,13 +250,17 @@ static int ask(struct db_nvme_namespace *space, int block_fd, dev_t block_device
         rc = read_namespace(space, size_bytes, data);
     if (!rc)
         rc = identify(space, IDENTIFY_CONTROLLER, data);
-    if (!rc)
+    if (!rc) {
+        bool has_placement = dword_at(data, 96) & HAS_PLACEMENT;
         read_limits(space, block_device, data);
     free(data);
     return rc;
 }
 
 int db_nvme_open(int block_fd, bool read_only, struct db_nvme_namespace *out)
+        if (has_placement)
+            read_handles(space, data);
+    }
 {
     char path[64];
     struct stat status;

@@ -21,6 +21,15 @@ struct db_nvme_namespace {
     uint32_t boundary_bytes; /* commands should not cross a multiple of this; 0: any */
     uint64_t deallocate_bytes; /* the longest range of a deallocate; 0: it can't */
 };
+    bool forgets; /* what is deallocated reads as zeros, or as ones; else perhaps as it was, */
+    /* and is overwritten by write zeroes commands: of so many bytes at most (0: no need, or it
+     * can't), and whether they deallocate too. */
+    uint32_t zero_bytes;
+    bool zero_deallocates;
+    /* Flexible data placement: what is written with one handle is kept apart from what is written
+     * with another. Without, or with fewer than two, has_placement is false. */
+    bool has_placement;
+    uint16_t run_handle, tail_handle;
 
 /* Opens the character device of an open block device, and asks the drive what it is.
  *   -ENODEV       it has none: no NVMe namespace, a partition, or an old kernel

@@ -172,6 +172,7 @@ static struct db_request *carve(struct db_queue *queue, struct db_batch *batch)
         .piece_bytes = (uint32_t)round_up(length, queue->config.lba_bytes),
         .staging = staged ? queue->free_slots[--queue->free_slot_count] : NULL,
         .checksums = io->checksums ? io->checksums + chunk : NULL,
+        .is_tail = batch->is_tail,
         .size_tag = io->length >= DB_REQUEST_MOST_BYTES ? size->tag : 0,
         .busy = true,
     };

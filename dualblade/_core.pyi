@@ -22,6 +22,7 @@ class DeviceInfo(NamedTuple):
     physical_block_size: int
     memory_align: int
     max_transfer: int
+    placement: bool
     block_device: bool
     direct: bool
     discard: bool
@@ -86,6 +87,7 @@ class Device:
         *,
         path: Path = "direct",
         checksums: Sequence[np.ndarray | None] | BufferProtocol | None = None,
+        tail: bool = False,
     ) -> Completion: ...
     def register(self, buffers: Iterable[BufferProtocol]) -> int:
         """Registers memory for direct I/O; returns how many bytes of it could be."""

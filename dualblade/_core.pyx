@@ -134,6 +134,7 @@ class DeviceInfo(NamedTuple):
     physical_block_size: int
     memory_align: int
     max_transfer: int
+    placement: bool  # write(tail=True) makes a difference on the drive
     block_device: bool
     direct: bool
     discard: bool
@@ -278,6 +279,7 @@ cdef class Device:
             physical_block_size=geometry.physical_block_bytes,
             memory_align=geometry.memory_align_bytes,
             max_transfer=geometry.max_transfer_bytes,
+            placement=bool(geometry.has_placement),
             block_device=bool(geometry.is_block_device),
             direct=bool(geometry.has_direct),
             discard=bool(geometry.can_discard),
@@ -308,17 +310,18 @@ cdef class Device:
 
         Raises before anything is started: ValueError for ranges outside the device and memory
         that can't be used, AlignmentError, ClosedError. Completion.wait() raises the rest."""
-        return self._start(DB_READ, requests, path, checksums, ahead)
+        return self._start(DB_READ, requests, path, checksums, ahead, False)
 
-    def write(self, requests, *, path="direct", checksums=None):
+    def write(self, requests, *, path="direct", checksums=None, tail=False):
         """Starts writing; requests are pairs (offset, memory).
 
         As read(), but: checksums are filled in by the time wait() returns, and on the direct path
-        the last block of a request is padded with zeros."""
-        return self._start(DB_WRITE, requests, path, checksums, False)
+        the last block of a request is padded with zeros. tail=True is for the ends of what grows,
+        which drives with data placement (info.placement) keep apart from the rest."""
+        return self._start(DB_WRITE, requests, path, checksums, False, tail)
 
     cdef Completion _start(self, db_direction direction, object requests, object path,
-                           object checksums, bint ahead):
+                           object checksums, bint ahead, bint tail):
         cdef Completion done = Completion.__new__(Completion)
         cdef int rc
         self._check_open()
@@ -326,6 +329,7 @@ cdef class Device:
         done.batch.path = _path(path)
         done.batch.direction = direction
         done.batch.is_ahead = ahead
+        done.batch.is_tail = tail
         done._prepare(list(requests), checksums)
         if done.batch.io_count == 0:
             done.state = FINISHED

@@ -66,6 +66,7 @@ cdef extern from "dualblade.h" nogil:
         uint32_t physical_block_bytes
         uint32_t memory_align_bytes
         uint64_t max_transfer_bytes
+        bint has_placement
         bint is_block_device
         bint has_direct
         bint can_discard
@@ -146,6 +147,7 @@ cdef extern from "dualblade.h" nogil:
         db_io *ios
         uint32_t io_count
         bint is_ahead
+        bint is_tail
 
     int db_batch_submit(db_batch *batch) noexcept
     int db_batch_wait(db_batch *batch, int64_t timeout_ns) noexcept

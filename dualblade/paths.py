@@ -40,10 +40,12 @@ class DirectPath:
         `ahead`: nobody waits for it yet."""
         return self._device.read(requests, path=self.name, checksums=checksums, ahead=ahead)
 
-    def write(self, requests: Sequence[Request], checksums: Sequence[Any] | None) -> Completion:
+    def write(
+        self, requests: Sequence[Request], checksums: Sequence[Any] | None, *, tail: bool = False
+    ) -> Completion:
         """Starts writing the requests' buffers; fills the checksum arrays in before it returns
-        or while the completion is waited for."""
-        return self._device.write(requests, path=self.name, checksums=checksums)
+        or while the completion is waited for. `tail`: ends of tensors that grow."""
+        return self._device.write(requests, path=self.name, checksums=checksums, tail=tail)
 
     def enter(self, offset: int, length: int, failures: int | None = None) -> None:
         """Called before an extent's first access on this path after it was on the other.

@@ -25,6 +25,9 @@ from dualblade.writeback import WriteBack
 
 SUBMIT_REQUESTS = 64
 """So many are handed over at a time: the device works on the first while others are prepared."""
+RUN_BYTES = 256 << 10
+"""A drive with data placement keeps shorter writes to growing tensors, tokens of all layers in
+turn, apart from longer ones, whole prompts."""
 COPY_BYTES = 4 << 20
 """How much of a tensor is in memory at a time while it moves to another extent."""
 SURE_ATTEMPTS = 3
@@ -197,12 +200,24 @@ class EntryTransfer(EntryAccess):
                 if name in self._buffered:
                     self._doubts.mark([entry for entry, _ in members])
                 if self._write_back is None or name == "direct":
-                    completions.append(self._paths[name].write(requests, None))
+                    self._start_placed(name, requests, completions)
                     continue
                 for part in parts_of(requests, self._write_back.part_bytes):
                     self._admit(writer, blocks_of(part), completions)
                     completions.append(self._paths[name].write(part, None))
             wait_all(completions)
+
+    def _start_placed(
+        self, name: PathName, requests: list[Request], completions: list[_core.Completion]
+    ) -> None:
+        """Starts writing parts of entries where nothing limits what is dirty."""
+        if not self._device.info.placement:
+            completions.append(self._paths[name].write(requests, None))
+            return
+        for is_tail in (False, True):
+            some = [request for request in requests if (len(request[1]) < RUN_BYTES) == is_tail]
+            if some:
+                completions.append(self._paths[name].write(some, None, tail=is_tail))
 
     def _start_parts(
         self,
@@ -218,7 +233,7 @@ class EntryTransfer(EntryAccess):
             if name in self._buffered:
                 self._doubts.mark([entry for entry, _ in members])
             if self._write_back is None or name == "direct":
-                completions.append(self._paths[name].write(requests, None))
+                self._start_placed(name, requests, completions)
                 continue
             for part in parts_of(requests, self._write_back.part_bytes):
                 self._admit(id(operation), blocks_of(part), completions)

@@ -244,6 +244,7 @@ def _info(options: argparse.Namespace) -> int:
             "physical block": f"{about['physical_block_size']} bytes",
             "memory alignment": f"{about['memory_align']} bytes",
             "largest transfer": format_size(about["max_transfer"]),
+            "data placement": "yes" if about["placement"] else "",
             "direct I/O": "yes" if about["direct"] else "no: this filesystem has no O_DIRECT",
             "direct path": about["engine"],
             "page-cache path": about["pagecache_engine"],
