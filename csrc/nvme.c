@@ -21,16 +21,16 @@
 
 enum {
     OPCODE_FLUSH = 0x00,
+    OPCODE_WRITE_ZEROES = 0x08,
     OPCODE_DATASET_MANAGEMENT = 0x09,
-    OPCODE_IDENTIFY = 0x06, /* of the admin commands */
     OPCODE_MANAGEMENT_RECEIVE = 0x12,
+    OPCODE_IDENTIFY = 0x06, /* of the admin commands */
     IDENTIFY_NAMESPACE = 0,
     IDENTIFY_CONTROLLER = 1,
     IDENTIFY_BYTES = 4096,
     DEALLOCATE = 1 << 2, /* attribute of a dataset management command */
     RANGES_MAX = 256,    /* in one such command */
     CAN_DEALLOCATE = 1 << 2, /* optional commands: dataset management */
-    LEAST_PAGE_BYTES = 4096, /* of a controller; where its own is larger, so is its limit */
     READS_AFTER = 7,         /* of its deallocate features: what a deallocated block reads as, */
     READS_ZEROS = 1,
     READS_ONES = 2,
@@ -44,6 +44,7 @@ enum {
     PATH_RELATED = 3 << 8, /* a status of this type is the kernel's, and the drive's work undone */
     DO_NOT_RETRY = 1 << 14,
     PATH_TRIES = 6,
+    LEAST_PAGE_BYTES = 4096, /* of a controller; where its own is larger, so is its limit */
     BLOCKS_MAX = 1 << 16,    /* of one read or write: the count has 16 bits */
 };
 
@@ -121,12 +122,12 @@ static uint16_t word_at(const uint8_t *data, size_t at)
     return (uint16_t)(data[at] | data[at + 1] << 8);
 }
 
-static uint64_t long_at(const uint8_t *data, size_t at)
 static uint32_t dword_at(const uint8_t *data, size_t at)
 {
     return word_at(data, at) | (uint32_t)word_at(data, at + 2) << 16;
 }
 
+static uint64_t long_at(const uint8_t *data, size_t at)
 {
     uint64_t value = 0;
     for (int i = 7; i >= 0; i--)
@@ -166,6 +167,9 @@ static int read_namespace(struct db_nvme_namespace *space, uint64_t size_bytes,
     space->boundary_bytes = (uint32_t)word_at(data, 46) << lba_shift;
     if (space->boundary_bytes % DB_BLOCK_BYTES != 0)
         space->boundary_bytes = 0; /* the boundaries would lie inside our blocks */
+    uint8_t reads = data[33] & READS_AFTER;
+    space->forgets = reads == READS_ZEROS || reads == READS_ONES;
+    space->zero_deallocates = data[33] & ZERO_DEALLOCATES;
     return 0;
 }
 
@@ -195,17 +199,13 @@ static void read_limits(struct db_nvme_namespace *space, dev_t block_device, con
         space->segments = (uint32_t)least(value, 1024);
     /* Each page may lie elsewhere, and memory that begins within a page has one page more. */
     uint64_t page_bytes = (uint64_t)sysconf(_SC_PAGESIZE);
+    space->drive_bytes = power_below(most_bytes);
     space->most_bytes = power_below(least(most_bytes, space->segments * page_bytes));
     space->transfer_bytes = power_below(least(most_bytes, (space->segments - 1) * page_bytes));
     if (word_at(data, 520) & CAN_DEALLOCATE &&
         db_queue_attribute(block_device, "discard_max_hw_bytes", &value) == 0)
         space->deallocate_bytes = least(value, (uint64_t)UINT32_MAX * space->lba_bytes) /
                                   space->lba_bytes * space->lba_bytes;
-}
-
-/* Both nodes say which namespace they are of: by their names alone it would be a guess. */
-static int check_same(struct db_nvme_namespace *space, int block_fd)
-{
     /* The kernel gives 0 for drives that can't, or are known to do it badly. */
     if (!space->forgets && db_queue_attribute(block_device, "write_zeroes_max_bytes", &value) == 0)
         space->zero_bytes = (uint32_t)(least(value, (uint64_t)BLOCKS_MAX * space->lba_bytes) /
@@ -230,6 +230,11 @@ static void read_handles(struct db_nvme_namespace *space, uint8_t *data)
     space->has_placement = word_at(data, 14) >= 2;
     space->run_handle = word_at(data, HANDLES_AT);
     space->tail_handle = word_at(data, HANDLES_AT + HANDLE_BYTES);
+}
+
+/* Both nodes say which namespace they are of: by their names alone it would be a guess. */
+static int check_same(struct db_nvme_namespace *space, int block_fd)
+{
     int nsid = ioctl(space->fd, NVME_IOCTL_ID);
     if (nsid <= 0)
         return nsid < 0 ? -errno : -ENODEV;
@@ -253,14 +258,14 @@ static int ask(struct db_nvme_namespace *space, int block_fd, dev_t block_device
     if (!rc) {
         bool has_placement = dword_at(data, 96) & HAS_PLACEMENT;
         read_limits(space, block_device, data);
+        if (has_placement)
+            read_handles(space, data);
+    }
     free(data);
     return rc;
 }
 
 int db_nvme_open(int block_fd, bool read_only, struct db_nvme_namespace *out)
-        if (has_placement)
-            read_handles(space, data);
-    }
 {
     char path[64];
     struct stat status;
@@ -290,6 +295,7 @@ void db_nvme_close(struct db_nvme_namespace *space)
 
 /* ---- commands that are waited for ------------------------------------------------------------ */
 
+/* Sent again where the kernel took it back from the drive, which resets do to what is under way. */
 static int run(const struct db_nvme_namespace *space, struct nvme_passthru_cmd *command)
 {
     command->nsid = space->nsid;
@@ -297,24 +303,42 @@ static int run(const struct db_nvme_namespace *space, struct nvme_passthru_cmd *
     return rc < 0 ? -errno : rc;
 }
 
-/* Never tried again: the drive may have forgotten what it could not write. */
+/* Not sent again when the drive fails it, which may have forgotten then what it could not write. */
 int db_nvme_flush(const struct db_nvme_namespace *space)
 {
     struct nvme_passthru_cmd command = {.opcode = OPCODE_FLUSH};
     return run(space, &command);
 }
 
-int db_nvme_deallocate(const struct db_nvme_namespace *space, uint64_t offset, uint64_t length)
+static int write_zeroes(const struct db_nvme_namespace *space, uint64_t offset, uint64_t length)
+{
+    while (length > 0) {
+        uint64_t bytes = least(length, space->zero_bytes);
+        uint64_t first = offset >> space->lba_shift;
+        struct nvme_passthru_cmd command = {
+            .opcode = OPCODE_WRITE_ZEROES,
+            .cdw10 = (uint32_t)first,
+            .cdw11 = (uint32_t)(first >> 32),
+            .cdw12 = (uint32_t)(bytes / space->lba_bytes - 1), /* counted from zero */
+        };
+        if (space->zero_deallocates)
+            command.cdw12 |= DEALLOCATES;
+        int rc = run(space, &command);
+        if (rc)
+            return rc;
+        offset += bytes;
+        length -= bytes;
+    }
+    return 0;
+}
+
+static int deallocate(const struct db_nvme_namespace *space, uint64_t offset, uint64_t length)
 {
     struct {
         uint32_t attributes;
         uint32_t blocks; /* a plain count */
         uint64_t first;
     } ranges[RANGES_MAX];
-    if (space->deallocate_bytes == 0)
-        return -EOPNOTSUPP;
-    if (offset % space->lba_bytes != 0 || length % space->lba_bytes != 0)
-        return -EINVAL;
     while (length > 0) {
         uint32_t count = 0;
         memset(ranges, 0, sizeof(ranges));
@@ -338,4 +362,20 @@ int db_nvme_deallocate(const struct db_nvme_namespace *space, uint64_t offset, u
             return rc;
     }
     return 0;
+}
+
+/* A drive that does not say what deallocated blocks read as may give back what they held last: then
+ * that has to be zeros. */
+int db_nvme_deallocate(const struct db_nvme_namespace *space, uint64_t offset, uint64_t length)
+{
+    if (space->deallocate_bytes == 0)
+        return -EOPNOTSUPP;
+    if (offset % space->lba_bytes != 0 || length % space->lba_bytes != 0)
+        return -EINVAL;
+    if (space->zero_bytes > 0) {
+        int rc = write_zeroes(space, offset, length);
+        if (rc || space->zero_deallocates)
+            return rc;
+    }
+    return deallocate(space, offset, length);
 }

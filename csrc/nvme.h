@@ -42,7 +42,8 @@ void db_nvme_close(struct db_nvme_namespace *space);
 
 /* Both give 0, -errno, or the NVMe status that the drive answered with, which is positive. */
 int db_nvme_flush(const struct db_nvme_namespace *space);
-/* -EINVAL: not whole blocks. */
+/* What it held can't be read any more, where the drive can see to that. -EINVAL: not whole
+ * blocks. */
 int db_nvme_deallocate(const struct db_nvme_namespace *space, uint64_t offset, uint64_t length);
 
 #endif
