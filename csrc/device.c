@@ -233,9 +233,9 @@ static int use_nvme(struct db_device *device, struct setup *setup)
     device->geometry.max_transfer_bytes = most_bytes;
     device->geometry.has_placement = has_placement;
     /* One request is one command then, or several of a chunk; there is nothing to measure. */
-    if (setup->config.request_bytes == 0 && most_bytes <= DB_REQUEST_LEAST_BYTES)
+    if (setup->config.request_bytes == 0 && drive_bytes <= DB_REQUEST_LEAST_BYTES)
         setup->config.request_bytes =
-            most_bytes > device->options.chunk_bytes ? most_bytes : device->options.chunk_bytes;
+            drive_bytes > device->options.chunk_bytes ? drive_bytes : device->options.chunk_bytes;
     return 0;
 }
 

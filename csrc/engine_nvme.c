@@ -43,16 +43,25 @@ struct command {
     struct command *next_staged; /* its own: the kernel may complete it while it is staged still */
     struct db_request *request;
     uint32_t at, length; /* the part of the request */
+    bool is_block;       /* by the block device */
     int32_t result;      /* of one that the kernel would not take */
+};
+
+/* Of commands with the same memory. Where that lies in huge pages, which nobody tells us, they may
+ * be longer than as many pages as the driver takes runs. */
+struct lengths {
+    _Atomic uint32_t most_bytes;   /* the longest that is tried: less, when one is refused */
+    _Atomic uint32_t proven_bytes; /* the longest that it has taken */
 };
 
 struct db_engine {
     struct db_ring ring;
     uint32_t fd_count;
     struct db_nvme_namespace spaces[DB_MEMBERS_MAX];
-    /* The longest command that is tried: less, when the kernel refuses one. */
-    _Atomic uint32_t command_bytes;
     uint64_t region_bytes; /* registered memory is registered in pieces of so much */
+    uint32_t drive_bytes;  /* the longest command that every drive takes */
+    /* With memory that is not registered, and behind it with each that is. */
+    struct lengths lengths[1 + DB_REGIONS_MAX];
 
     /* Under the queue's lock. */
     struct db_request *waiting, **waiting_end; /* not all of their commands were made yet */
@@ -99,6 +108,10 @@ static void prepare_passthrough(struct db_engine *engine, const struct command *
     nvme->cdw10 = (uint32_t)first;
     nvme->cdw11 = (uint32_t)(first >> 32);
     nvme->cdw12 = blocks - 1; /* counted from zero */
+    if (request->direction == DB_WRITE && space->has_placement) {
+        nvme->cdw12 |= PLACED;
+        nvme->cdw13 = (uint32_t)(request->is_tail ? space->tail_handle : space->run_handle) << 16;
+    }
     /* Nobody below compares these: the drive would go on behind the memory's end. */
     assert(blocks > 0 && blocks <= 1 << 16);
     assert(((nvme->cdw12 & 0xffff) + 1) << space->lba_shift == nvme->data_len);
@@ -108,10 +121,6 @@ static void prepare_passthrough(struct db_engine *engine, const struct command *
 
 static void prepare_block(struct db_engine *engine, const struct command *command,
                           struct io_uring_sqe *sqe)
-    if (request->direction == DB_WRITE && space->has_placement) {
-        nvme->cdw12 |= PLACED;
-        nvme->cdw13 = (uint32_t)(request->is_tail ? space->tail_handle : space->run_handle) << 16;
-    }
 {
     const struct db_request *request = command->request;
     bool reads = request->direction == DB_READ;
@@ -127,7 +136,7 @@ static void prepare_entry(struct db_engine *engine, struct command *command)
     struct io_uring_sqe *sqe = io_uring_get_sqe(&engine->ring.ring);
     assert(sqe); /* the ring has an entry for every command of the pool */
     memset(sqe, 0, 2 * sizeof(*sqe));
-    if (command->request->by_block_device)
+    if (command->is_block)
         prepare_block(engine, command, sqe);
     else
         prepare_passthrough(engine, command, sqe);
@@ -136,14 +145,19 @@ static void prepare_entry(struct db_engine *engine, struct command *command)
     io_uring_sqe_set_data(sqe, command);
 }
 
+static struct lengths *lengths_of(struct db_engine *engine, const struct db_request *request)
+{
+    return &engine->lengths[request->slot - DB_REGION_NONE];
+}
+
 /* How long the next command of a request is. */
-static uint32_t next_length(const struct db_engine *engine, const struct db_request *request)
+static uint32_t next_length(struct db_engine *engine, const struct db_request *request)
 {
     const struct db_nvme_namespace *space = &engine->spaces[request->file];
     uint32_t length = request->length - request->sent_bytes;
     if (request->by_block_device)
         return length;
-    uint32_t most = engine->command_bytes;
+    uint32_t most = lengths_of(engine, request)->most_bytes;
     bool is_aligned = ((uintptr_t)request->buffer + request->sent_bytes) % DB_BLOCK_BYTES == 0;
     if (!is_aligned && most > space->transfer_bytes)
         most = space->transfer_bytes;
@@ -180,7 +194,8 @@ static void make_commands(struct db_engine *engine)
         engine->free_commands = command->next;
         *command = (struct command){.request = request,
                                     .at = request->sent_bytes,
-                                    .length = next_length(engine, request)};
+                                    .length = next_length(engine, request),
+                                    .is_block = request->by_block_device};
         request->sent_bytes += command->length;
         if (request->sent_bytes == request->length) {
             engine->waiting = request->next;
@@ -260,18 +275,23 @@ static uint32_t nvme_commit(struct db_engine *engine)
 /* ---- completion (one thread at a time, without the lock) ------------------------------------- */
 
 /* EINVAL, or of registered memory ENOMEM: the kernel could not lay the command out over so much
- * memory. Whether it can be sent again in smaller ones. */
-static bool can_shrink(struct db_engine *engine, const struct command *command)
+ * memory, and it is sent again in smaller ones. If it could before, then that is not why: a drive
+ * that several ways lead to has none at the moment, because its controller is reset. The block
+ * layer waits for it, and knows when there is nothing to wait for. */
+static void make_smaller(struct db_engine *engine, const struct command *command)
 {
-    uint32_t least = engine->spaces[command->request->file].lba_bytes;
-    if (command->length <= least)
-        return false;
+    struct db_request *request = command->request;
+    struct lengths *lengths = lengths_of(engine, request);
+    uint32_t least = engine->spaces[request->file].lba_bytes;
+    if (command->length <= lengths->proven_bytes || command->length <= least) {
+        request->by_block_device = true;
+        return;
+    }
     uint32_t shorter = least;
     while (shorter * 2 <= command->length / 2)
         shorter *= 2;
-    if (shorter < engine->command_bytes)
-        engine->command_bytes = shorter;
-    return true;
+    if (shorter < lengths->most_bytes)
+        lengths->most_bytes = shorter;
 }
 
 static void note_failure(struct db_request *request, const struct command *command, int32_t result)
@@ -291,16 +311,21 @@ static struct db_request *finish_command(struct db_engine *engine, struct comman
     struct db_request *request = command->request;
     assert(request->left_bytes >= command->length);
     request->left_bytes -= command->length;
-    if (request->by_block_device) {
+    if (command->is_block) {
         request->result = result;
-    } else if ((result == -EINVAL || result == -ENOMEM) && can_shrink(engine, command)) {
+    } else if (result == -EINVAL || result == -ENOMEM) {
+        make_smaller(engine, command);
         note_failure(request, command, -EAGAIN);
     } else if (result != 0) {
         note_failure(request, command, result);
+    } else {
+        struct lengths *lengths = lengths_of(engine, request);
+        if (command->length > lengths->proven_bytes)
+            lengths->proven_bytes = command->length;
     }
     if (request->left_bytes > 0)
         return NULL;
-    if (!request->by_block_device && request->result == 0)
+    if (!command->is_block && request->result == 0)
         request->result = request->length;
     return request;
 }
@@ -359,8 +384,11 @@ static int nvme_reap(struct db_engine *engine, struct db_request **done, uint32_
 
 static int nvme_add_memory(struct db_engine *engine, int32_t slot, void *start, uint64_t length)
 {
-    return engine->ring.has_memory ? db_ring_set_memory(&engine->ring, slot, start, length)
-                                   : -EOPNOTSUPP;
+    if (!engine->ring.has_memory)
+        return -EOPNOTSUPP;
+    engine->lengths[slot - DB_REGION_NONE].most_bytes = engine->drive_bytes;
+    engine->lengths[slot - DB_REGION_NONE].proven_bytes = 0;
+    return db_ring_set_memory(&engine->ring, slot, start, length);
 }
 
 static void nvme_remove_memory(struct db_engine *engine, int32_t slot)
@@ -470,12 +498,16 @@ static int nvme_open(const struct db_engine_config *config, struct db_engine **o
     if (!engine)
         return -ENOMEM;
     engine->fd_count = config->fd_count;
-    engine->command_bytes = UINT32_MAX;
+    uint32_t most_bytes = UINT32_MAX;
+    engine->drive_bytes = UINT32_MAX;
     for (uint32_t i = 0; i < config->fd_count; i++) {
         engine->spaces[i] = *config->spaces[i];
-        if (engine->spaces[i].most_bytes < engine->command_bytes)
-            engine->command_bytes = engine->spaces[i].most_bytes;
+        if (engine->spaces[i].most_bytes < most_bytes)
+            most_bytes = engine->spaces[i].most_bytes;
+        if (engine->spaces[i].drive_bytes < engine->drive_bytes)
+            engine->drive_bytes = engine->spaces[i].drive_bytes;
     }
+    engine->lengths[0].most_bytes = most_bytes;
     int rc = open_ring(engine, config, commands);
     if (!rc) {
         rc = probe_regions(engine);

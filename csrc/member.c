@@ -193,7 +193,10 @@ static int sync_all(const struct db_member *member)
     unsigned all = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
     if (sync_file_range(member->buffered_fd, 0, 0, all) < 0)
         return -errno;
-    return db_nvme_flush(&member->space);
+    int rc = db_nvme_flush(&member->space);
+    if (rc == -EAGAIN) /* the block layer waits until there is a way to the drive again */
+        rc = fdatasync(member->buffered_fd) < 0 ? -errno : 0;
+    return rc;
 }
 
 int db_member_flush(struct db_member *member)
@@ -231,17 +234,22 @@ int db_member_drop_cached(struct db_member *member, uint64_t offset, uint64_t le
 
 int db_member_discard(struct db_member *member, uint64_t offset, uint64_t length)
 {
+    const struct db_nvme_namespace *space = &member->space;
     int rc;
-    if (member->space.fd >= 0 && member->space.deallocate_bytes > 0) {
+    if (space->fd >= 0 && space->deallocate_bytes > 0) {
         /* Of what is dirty nothing is to be written when the range is another's. */
         rc = db_member_write_back(member, offset, length, true);
         if (!rc)
             rc = db_member_drop_cached(member, offset, length);
-        return rc ? rc : db_nvme_deallocate(&member->space, offset, length);
+        if (!rc)
+            rc = db_nvme_deallocate(space, offset, length);
+        if (rc != -EAGAIN)
+            return rc;
     }
     if (member->geometry.is_block_device) {
         uint64_t range[2] = {offset, length};
-        rc = ioctl(member->buffered_fd, BLKDISCARD, range);
+        bool has_to_write = space->fd >= 0 && space->zero_bytes > 0;
+        rc = ioctl(member->buffered_fd, has_to_write ? BLKZEROOUT : BLKDISCARD, range);
     } else {
         rc = fallocate(member->buffered_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                        (off_t)offset, (off_t)length);

@@ -298,8 +298,11 @@ void db_nvme_close(struct db_nvme_namespace *space)
 /* Sent again where the kernel took it back from the drive, which resets do to what is under way. */
 static int run(const struct db_nvme_namespace *space, struct nvme_passthru_cmd *command)
 {
+    int rc, tries = PATH_TRIES;
     command->nsid = space->nsid;
-    int rc = ioctl(space->fd, NVME_IOCTL_IO_CMD, command);
+    do
+        rc = ioctl(space->fd, NVME_IOCTL_IO_CMD, command);
+    while (rc > 0 && (rc & STATUS_TYPE) == PATH_RELATED && !(rc & DO_NOT_RETRY) && --tries > 0);
     return rc < 0 ? -errno : rc;
 }
 

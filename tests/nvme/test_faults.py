@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +13,8 @@ import pytest
 import dualblade
 from dualblade import _core
 from dualblade.errors import DeviceError, DualbladeError, NvmeError
-from tests.helpers import MIB, noise
-from tests.nvme.drives import Namespace, find
+from tests.helpers import MIB, noise, until
+from tests.nvme.drives import Namespace, find, is_there
 
 BLOCK = 4096
 # Where the drive of tools/nvme-vm --test has them, in bytes.
@@ -96,7 +95,9 @@ def test_a_controller_reset_loses_nothing():
             (namespace.controller / "reset_controller").write_text("1")
 
     thread = threading.Thread(target=reset)
+    aligned = _core.aligned_empty(2 * MIB, np.uint8)
     with opened(namespace) as device:
+        device.write([(0, aligned)]).wait()
         thread.start()
         try:
             for seed in range(30):
@@ -104,9 +105,16 @@ def test_a_controller_reset_loses_nothing():
                 device.write([(0, data)]).wait()
                 device.read([(0, out)]).wait()
                 assert np.array_equal(out, data)
+                if seed % 5 == 0:
+                    device.flush()
+                    device.discard(0, 2 * MIB)
         finally:
             stopped.set()
             thread.join()
+        _, before = namespace.command_counts()
+        device.write([(0, aligned)]).wait()
+        _, after = namespace.command_counts()
+        assert after - before == 2 * MIB // device.info.max_transfer  # as long as they were
 
 
 def test_a_drive_that_is_removed_gives_errors_and_never_data():
@@ -148,22 +156,9 @@ def test_a_drive_that_is_removed_gives_errors_and_never_data():
         for thread in threads:
             thread.join(60)
         Path("/sys/bus/pci/rescan").write_text("1")
-        found_again("spare")
+        until(lambda: is_there("spare"), "the drive that was removed")
     assert wrong == []
     assert len(errors) == 4
-
-
-def found_again(serial: str) -> None:
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            find(serial)
-        except (LookupError, OSError):
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-        else:
-            return
 
 
 # ---- what a flush reaches ------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -16,8 +17,9 @@ import pytest
 import dualblade
 from dualblade import _core
 from dualblade.errors import DeviceRefusedError, UnsupportedError
+from tests.devices import Unavailable
 from tests.helpers import MIB, noise
-from tests.nvme.drives import Namespace, find
+from tests.nvme.drives import Namespace, find, is_there, kernel_target
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -104,6 +106,41 @@ def test_any_length_in_any_memory(namespace: Namespace, registered: bool):
             assert np.array_equal(out, shadow[offset : offset + size])
         assert device.stats()["direct"]["errors"] == 0
     assert namespace.medium(0, area) == shadow.tobytes()
+
+
+def test_in_huge_pages_a_command_is_as_long_as_the_drive_takes():
+    """And where the memory turns out not to be in them, as long as the kernel takes."""
+    namespace = find("mdts9")
+    huge, small = _core.aligned_empty(8 * MIB, np.uint8), small_pages(8 * MIB)
+    huge[:] = noise(8 * MIB, 1)
+    with opened(namespace) as device:
+        assert device.register([huge, small]) == 16 * MIB
+        _, before = namespace.command_counts()
+        device.write([(0, huge)]).wait()
+        _, after = namespace.command_counts()
+        if os.environ["NVME_VM"] == "6.1":  # it takes registered memory in short runs alone
+            assert after - before == 8 * MIB // device.info.max_transfer
+        else:
+            assert device.info.max_transfer < MIB
+            assert after - before <= 8
+        device.read([(0, small)]).wait()
+        assert np.array_equal(small, huge)
+        assert device.stats()["direct"]["errors"] == 0
+
+
+@pytest.mark.parametrize("registered", [False, True])
+def test_a_kernel_thread_sends_commands_where_it_is_asked_to(registered: bool):
+    data = _core.aligned_empty(8 * MIB, np.uint8)
+    out = _core.aligned_empty(8 * MIB, np.uint8)
+    data[:] = noise(8 * MIB, 3)
+    with opened(find("vm0", 2), sqpoll=True) as device:
+        if registered:
+            assert device.register([data, out]) == 16 * MIB
+        for start in range(0, 8 * MIB, MIB):
+            device.write([(start, data[start : start + MIB])]).wait()
+        device.read([(BLOCK * i, out[BLOCK * i : BLOCK * (i + 1)]) for i in range(2048)]).wait()
+        assert np.array_equal(out, data)
+        assert device.stats()["direct"]["errors"] == 0
 
 
 @pytest.mark.slow
@@ -240,6 +277,68 @@ def namespace_blocks(device: _core.Device, area: int, lba: int) -> list[bytes]:
 
 def blocks(data: np.ndarray, lba: int) -> list[bytes]:
     return [data[at : at + lba].tobytes() for at in range(0, data.size, lba)]
+
+
+def test_what_is_discarded_can_not_be_read_from_a_drive_that_keeps_it():
+    """A drive that does not say what deallocated blocks read as, and gives back what they held.
+
+    It is the kernel's own target, over a drive that says it does not, and does."""
+    with contextlib.ExitStack() as stack:
+        try:
+            namespace = stack.enter_context(kernel_target(find("keeps"), "keeper"))
+        except Unavailable as error:
+            pytest.skip(str(error))
+        shadow = noise(70_000 * 512 + MIB, 1)  # more blocks than 16 bits count
+        device = stack.enter_context(opened(namespace))
+        device.write([(0, shadow)]).wait()
+        device.discard(512, 70_000 * 512)
+        shadow[512 : 512 + 70_000 * 512] = 0
+        out = np.empty_like(shadow)
+        device.read([(0, out)]).wait()
+        assert np.array_equal(out, shadow)
+        device.close()
+    # What this rests on: blocks that are deallocated alone read there as they did.
+    with opened(find("keeps")) as device:
+        device.discard(0, MIB)
+        device.read([(0, out[:512])]).wait()
+        assert np.array_equal(out[:512], shadow[:512])
+
+
+# ---- where the drive puts it ---------------------------------------------------------------------
+
+
+def placement_drive() -> Namespace:
+    if not is_there("placement"):
+        pytest.skip("QEMU 7 has no drives with data placement")
+    return find("placement")
+
+
+def test_prompts_and_appended_tokens_lie_apart_on_the_drive():
+    namespace = placement_drive()
+    with dualblade.open(namespace.character, format=True, policy="direct") as store:
+        store.reserve("grows", (4096, 1024), np.uint8)
+        before = namespace.room()
+        store.put("whole", noise(2 * MIB, 1))
+        store.append("grows", noise(MIB, 2).reshape(-1, 1024))
+        runs = namespace.room()
+        assert [a - b for a, b in zip(before, runs, strict=True)] == [3 * MIB // 512, 0, 0]
+        for seed in range(64):  # 4 KiB at a time reach the drive
+            store.append("grows", noise(1024, seed).reshape(1, 1024))
+        tails = namespace.room()
+        assert [a - b for a, b in zip(runs, tails, strict=True)] == [0, 64 * KIB // 512, 0]
+        rows = np.concatenate([noise(MIB, 2), *[noise(1024, seed) for seed in range(64)]])
+        assert np.array_equal(store.get("grows").reshape(-1), rows)
+
+
+def test_placement_asked_for_where_there_is_none_changes_nothing():
+    for serial, engine in (("vm0", "nvme"), ("vm0", "uring"), ("placement", "uring")):
+        namespace = placement_drive() if serial == "placement" else find(serial)
+        with opened(namespace, engine) as device:
+            assert not device.info.placement
+            device.write([(0, noise(BLOCK, 1))], tail=True).wait()
+            out = np.zeros(BLOCK, np.uint8)
+            device.read([(0, out)]).wait()
+            assert np.array_equal(out, noise(BLOCK, 1))
 
 
 # ---- what is refused -----------------------------------------------------------------------------
