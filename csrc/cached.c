@@ -43,8 +43,7 @@ static int count_by_cachestat(int fd, uint64_t offset, uint64_t length, struct d
     return 0;
 }
 
-/* Of a file that a process neither owns nor may write to, mincore(2) says that all is there. */
-static bool tells_the_truth(int fd)
+bool db_cached_is_told(int fd)
 {
     struct stat status;
     char path[sizeof("/proc/self/fd/-2147483648")];
@@ -85,7 +84,7 @@ int db_cached_count(int fd, uint64_t offset, uint64_t length, struct db_cached *
      * EOPNOTSUPP: hugetlbfs. */
     if (rc != -ENOSYS && rc != -EPERM && rc != -EOPNOTSUPP)
         return rc;
-    return tells_the_truth(fd) ? count_by_mincore(fd, offset, length, out) : -ENOSYS;
+    return db_cached_is_told(fd) ? count_by_mincore(fd, offset, length, out) : -ENOSYS;
 }
 
 int db_cached_of_path(const char *path, struct db_cached *out)

@@ -176,9 +176,10 @@ struct setup {
     struct db_queue_config config;
     int fds[DB_MEMBERS_MAX];
     const struct db_nvme_namespace *spaces[DB_MEMBERS_MAX];
+    struct db_window *windows[DB_MEMBERS_MAX];
 };
 
-static void configure(const struct db_device *device, enum db_path path, struct setup *setup)
+static void configure(struct db_device *device, enum db_path path, struct setup *setup)
 {
     const struct db_device_options *options = &device->options;
     bool direct = path == DB_PATH_DIRECT && device->geometry.has_direct;
@@ -189,11 +190,15 @@ static void configure(const struct db_device *device, enum db_path path, struct 
     uint32_t count = device->stripes.member_count;
     uint32_t depth = least(count * options->queue_depth, DEPTH_SUM_MAX);
     uint32_t threads = least(count * options->threads, THREADS_SUM_MAX);
-    for (uint32_t i = 0; i < count; i++)
-        setup->fds[i] = direct ? device->members[i].direct_fd : device->members[i].buffered_fd;
+    for (uint32_t i = 0; i < count; i++) {
+        struct db_member *member = &device->members[i];
+        setup->fds[i] = direct ? member->direct_fd : member->buffered_fd;
+        setup->windows[i] = &member->window;
+    }
     setup->config = (struct db_queue_config){
         .engine = &db_engine_threads,
         .fds = setup->fds,
+        .windows = direct ? NULL : setup->windows,
         .stripes = device->stripes,
         .depth = path == DB_PATH_DIRECT ? depth : PAGECACHE_DEPTH,
         .threads = threads,
@@ -442,8 +447,7 @@ static void note_cached(struct db_device *device, const struct db_batch *batch, 
             for (uint32_t k = 0; is_new && k < device->stripes.member_count; k++) {
                 struct part part = part_of(device, k, run.offset, run.length);
                 if (part.length > 0)
-                    posix_fadvise(part.member->buffered_fd, (off_t)part.offset,
-                                  (off_t)part.length, POSIX_FADV_DONTNEED);
+                    (void)db_member_drop_cached(part.member, part.offset, part.length);
             }
         }
     }
@@ -653,5 +657,9 @@ int db_device_map(struct db_device *device, uint64_t offset, uint64_t length,
     int rc = check_range(device, offset, length);
     if (!rc && (length == 0 || device->stripes.member_count > 1))
         rc = -EOPNOTSUPP;
-    return rc ? rc : db_mapping_open(device->members[0].lock, offset, length, out, bytes);
+    if (!rc)
+        rc = db_mapping_open(device->members[0].lock, offset, length, out, bytes);
+    if (!rc) /* its pages are the caller's now, and counted by him */
+        db_window_drop(&device->members[0].window, offset, length);
+    return rc;
 }

@@ -305,6 +305,9 @@ struct db_counters {
     int64_t devices, requests, batches, buffers, extent_maps, tails, mappings;
 };
 void db_counters(struct db_counters *out);
+/* Page cache that all devices together have mapped for themselves, so that reads can copy from it.
+ * An upper bound: what the kernel has reclaimed of it is counted until it is dropped. */
+uint64_t db_window_bytes(void);
 
 /* ---- is it safe to write to this device? ----------------------------------------------------- */
 

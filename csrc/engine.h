@@ -12,6 +12,7 @@
 #include "dualblade.h"
 #include "nvme.h"
 #include "regions.h"
+#include "window.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -45,7 +46,7 @@ struct db_request {
     uint8_t *staging; /* a slot of the queue's staging memory, or NULL */
     uint64_t *checksums;
     uint32_t size_tag; /* of a part of a large transfer: see request_size.h; else 0 */
-    bool prepared;
+    bool prepared; /* a write's checksums are taken; a read's have been compared */
     bool busy;
 
     uint32_t begun_bytes; /* engine_threads.c: moved so far of a read that met a gap */
@@ -67,6 +68,10 @@ struct db_engine_config {
      * and after its result is known, so that checksums and copies run beside each other. */
     void (*before)(struct db_request *request, void *context);
     void (*after)(struct db_request *request, void *context);
+    /* Where there are windows (until close()), one for each file: moves all the bytes of a read,
+     * from where they are in memory, and sets its result. after() is called all the same. */
+    struct db_window *const *windows;
+    void (*copy)(struct db_request *request, const void *from, void *context);
     void *context;
 };
 

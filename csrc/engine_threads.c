@@ -21,10 +21,17 @@ enum {
     READS_IN_ROW_MAX = 16, /* while writes wait */
     /* While reads are begun, whose pages take about as long to come as these to be copied. */
     WRITES_IN_ROW_MAX = 4,
+    WINDOW_LEAST_BYTES = 64 << 10, /* a copy of less is not worth three more system calls */
 };
 
 struct list {
     struct db_request *first, **end;
+};
+
+struct worker {
+    pthread_t thread;
+    struct db_engine *engine;
+    struct db_pin pin;
 };
 
 struct db_engine {
@@ -42,7 +49,7 @@ struct db_engine {
     _Atomic bool can_begin;  /* the files' reads take RWF_NOWAIT, as far as is known */
     bool closing;
     uint32_t thread_count;
-    pthread_t threads[];
+    struct worker workers[];
 };
 
 static void list_init(struct list *list)
@@ -109,17 +116,35 @@ static bool read_what_is_there(struct db_engine *engine, struct db_request *requ
     return true;
 }
 
-/* False: the request is begun, and its thread may do something else meanwhile. */
-static bool move_bytes(struct db_engine *engine, struct db_request *request, bool is_begun)
+/* Copies a whole piece from where the page cache has it; false if it does not have all of it. */
+static bool copy_from_window(struct worker *worker, struct db_request *request)
 {
+    const struct db_engine_config *config = &worker->engine->config;
+    if (!config->windows || request->length < WINDOW_LEAST_BYTES ||
+        request->length != request->user_bytes || request->buffer != request->user)
+        return false;
+    const void *from = db_pin_take(&worker->pin, config->windows[request->file], request->offset,
+                                   request->length);
+    if (!from)
+        return false;
+    config->copy(request, from, config->context);
+    db_pin_give(&worker->pin);
+    return true;
+}
+
+/* False: the request is begun, and its thread may do something else meanwhile. */
+static bool move_bytes(struct worker *worker, struct db_request *request, bool is_begun)
+{
+    struct db_engine *engine = worker->engine;
     bool may_begin = !is_begun && request->direction == DB_READ && engine->can_begin;
     if (!is_begun) {
         request->begun_bytes = 0;
         engine->config.before(request, engine->config.context);
     }
+    bool is_copied = may_begin && copy_from_window(worker, request);
     if (!may_begin)
         move_rest(request);
-    else if (!read_what_is_there(engine, request))
+    else if (!is_copied && !read_what_is_there(engine, request))
         return false;
     engine->config.after(request, engine->config.context);
     return true;
@@ -150,9 +175,10 @@ static struct db_request *next_request(struct db_engine *engine, bool *is_begun)
     return list_pop(&engine->begun);
 }
 
-static void *worker(void *argument)
+static void *work(void *argument)
 {
-    struct db_engine *engine = argument;
+    struct worker *worker = argument;
+    struct db_engine *engine = worker->engine;
     struct db_request *request;
     bool is_begun;
     pthread_mutex_lock(&engine->lock);
@@ -162,7 +188,7 @@ static void *worker(void *argument)
         if (!request)
             break;
         pthread_mutex_unlock(&engine->lock);
-        bool is_done = move_bytes(engine, request, is_begun);
+        bool is_done = move_bytes(worker, request, is_begun);
         pthread_mutex_lock(&engine->lock);
         if (is_done) {
             list_push(&engine->done, request);
@@ -185,8 +211,10 @@ static void threads_close(struct db_engine *engine)
     engine->closing = true;
     pthread_cond_broadcast(&engine->work);
     pthread_mutex_unlock(&engine->lock);
-    for (uint32_t i = 0; i < engine->thread_count; i++)
-        pthread_join(engine->threads[i], NULL);
+    for (uint32_t i = 0; i < engine->thread_count; i++) {
+        pthread_join(engine->workers[i].thread, NULL);
+        db_pin_close(&engine->workers[i].pin);
+    }
     pthread_cond_destroy(&engine->work);
     pthread_cond_destroy(&engine->done_some);
     pthread_mutex_destroy(&engine->lock);
@@ -201,9 +229,14 @@ static int start_threads(struct db_engine *engine)
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     while (!rc && engine->thread_count < engine->config.threads) {
-        rc = pthread_create(&engine->threads[engine->thread_count], NULL, worker, engine);
+        struct worker *worker = &engine->workers[engine->thread_count];
+        worker->engine = engine;
+        db_pin_open(&worker->pin, engine->config.windows != NULL);
+        rc = pthread_create(&worker->thread, NULL, work, worker);
         if (!rc)
             engine->thread_count++;
+        else
+            db_pin_close(&worker->pin);
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     return -rc;
@@ -212,7 +245,7 @@ static int start_threads(struct db_engine *engine)
 static int threads_open(const struct db_engine_config *config, struct db_engine **out)
 {
     struct db_engine *engine =
-        calloc(1, sizeof(*engine) + config->threads * sizeof(engine->threads[0]));
+        calloc(1, sizeof(*engine) + config->threads * sizeof(engine->workers[0]));
     if (!engine)
         return -ENOMEM;
     engine->config = *config;
@@ -294,7 +327,8 @@ static void threads_hurry(struct db_engine *engine)
 
 static void threads_abandon(struct db_engine *engine)
 {
-    (void)engine; /* no file descriptors, and the threads did not survive the fork */
+    for (uint32_t i = 0; i < engine->thread_count; i++)
+        db_pin_close(&engine->workers[i].pin);
 }
 
 const struct db_engine_ops db_engine_threads = {

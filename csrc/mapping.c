@@ -48,6 +48,11 @@ void db_lock_close(struct db_lock *lock)
     free(lock);
 }
 
+bool db_lock_is_shared(const struct db_lock *lock)
+{
+    return atomic_load_explicit(&lock->users, memory_order_relaxed) > 1;
+}
+
 int db_mapping_open(struct db_lock *lock, uint64_t offset, uint64_t length,
                     struct db_mapping **out, const void **bytes)
 {

@@ -14,6 +14,8 @@ int db_lock_open(int fd, struct db_lock **out);
 /* One user fewer; the last one unlocks and closes the descriptor. In the child after a fork it does
  * nothing: the lock is the parent's. */
 void db_lock_close(struct db_lock *lock);
+/* Whether mappings hold it too. */
+bool db_lock_is_shared(const struct db_lock *lock);
 
 /* As db_device_map(), of the lock's file. */
 int db_mapping_open(struct db_lock *lock, uint64_t offset, uint64_t length,

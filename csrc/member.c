@@ -72,6 +72,9 @@ int db_member_open(const char *path, bool read_only, struct db_member *member)
     rc = db_geometry_read(has_direct ? member->direct_fd : member->buffered_fd,
                           member->geometry.is_block_device, &member->geometry);
     member->geometry.has_direct = has_direct;
+    if (!rc)
+        db_window_open(member->buffered_fd, member->geometry.size_bytes, member->lock,
+                       &member->window);
     return rc;
 }
 
@@ -114,6 +117,7 @@ void db_member_leave_nvme(struct db_member *member)
 
 void db_member_close(struct db_member *member)
 {
+    db_window_close(&member->window);
     db_member_leave_nvme(member);
     if (member->direct_fd >= 0)
         close(member->direct_fd);
@@ -131,6 +135,7 @@ void db_member_abandon(struct db_member *member)
     close(member->direct_fd);
     close(member->buffered_fd);
     close(member->watch_fd);
+    db_window_abandon(&member->window);
     db_nvme_close(&member->space);
 }
 
@@ -229,6 +234,7 @@ int db_member_write_back(struct db_member *member, uint64_t offset, uint64_t len
 
 int db_member_drop_cached(struct db_member *member, uint64_t offset, uint64_t length)
 {
+    db_window_drop(&member->window, offset, length);
     return -posix_fadvise(member->buffered_fd, (off_t)offset, (off_t)length, POSIX_FADV_DONTNEED);
 }
 
@@ -246,6 +252,7 @@ int db_member_discard(struct db_member *member, uint64_t offset, uint64_t length
         if (rc != -EAGAIN)
             return rc;
     }
+    db_window_drop(&member->window, offset, length);
     if (member->geometry.is_block_device) {
         uint64_t range[2] = {offset, length};
         bool has_to_write = space->fd >= 0 && space->zero_bytes > 0;

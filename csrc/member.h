@@ -11,6 +11,7 @@
 #include "geometry.h"
 #include "mapping.h"
 #include "nvme.h"
+#include "window.h"
 
 #include <pthread.h>
 #include <sys/types.h>
@@ -26,6 +27,7 @@ struct db_member {
     int write_back_error;         /* -errno of the last one */
     uint64_t write_back_failures; /* known of since it was opened */
     uint64_t failures_told;       /* of these, by db_member_flush() or _failures() */
+    struct db_window window;      /* of the buffered descriptor, where it has one */
     struct db_lock *lock;       /* of the buffered descriptor; NULL: it has none yet */
     dev_t device;               /* of the block device, or of the file's filesystem */
     ino_t inode;                /* 0 for a block device, which may have several names */

@@ -495,6 +495,11 @@ int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
     }
     memcpy(queue->fds, config->fds, config->stripes.member_count * sizeof(config->fds[0]));
     queue->config.fds = queue->fds;
+    if (config->windows) {
+        memcpy(queue->windows, config->windows,
+               config->stripes.member_count * sizeof(config->windows[0]));
+        queue->config.windows = queue->windows;
+    }
     pthread_mutex_init(&queue->lock, NULL);
     pthread_condattr_t attributes;
     pthread_condattr_init(&attributes);
@@ -515,6 +520,8 @@ int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
             .iopoll = config->iopoll,
             .before = db_piece_prepare,
             .after = db_piece_finish,
+            .copy = db_piece_copy,
+            .windows = queue->config.windows,
             .context = queue,
         };
         rc = config->engine->open(&engine, &queue->engine);

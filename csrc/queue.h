@@ -10,6 +10,7 @@ struct db_queue_config {
     const struct db_engine_ops *engine;
     const int *fds; /* of the members; until db_queue_open() returns */
     const struct db_nvme_namespace *const *spaces; /* likewise; NULL where they are none */
+    struct db_window *const *windows; /* of the members, where reads may use them; else NULL */
     const struct db_coherence *coherence;          /* of direct NVMe commands; else NULL */
     struct db_stripes stripes;
     uint32_t depth;

@@ -12,6 +12,7 @@ enum { DB_CARVE_MAX = 16 }; /* pieces prepared before the kernel is told */
 struct db_queue {
     struct db_queue_config config;
     int fds[DB_MEMBERS_MAX];
+    struct db_window *windows[DB_MEMBERS_MAX];
     struct db_engine *engine;
     pthread_mutex_t lock;
     pthread_cond_t changed; /* a batch is done, or there is no leader */
@@ -60,6 +61,8 @@ void db_piece_prepare(struct db_request *request, void *queue);
 /* Copies a read out of staging, compares its checksums: -EBADMSG becomes its result. Without the
  * lock. */
 void db_piece_finish(struct db_request *request, void *queue);
+/* The same for a read whose bytes are in memory: copies them, and compares checksums meanwhile. */
+void db_piece_copy(struct db_request *request, const void *from, void *queue);
 /* Whether db_piece_finish() has anything to do for this request when it comes. */
 bool db_piece_needs_finish(const struct db_request *request);
 /* Whether it counts as unseen while it is at the device. */

@@ -37,3 +37,11 @@ def cache_state_of(path):
     if rc != 0:
         raise device_error(-rc, device=os.fsdecode(path), operation="open")
     return _cache_state(&found)
+
+
+def window_bytes():
+    """Page cache that the devices of this process have mapped for themselves, so that reads can
+    copy from it: it is counted as mapped, but is as free as the rest of the page cache.
+
+    At most: of what the kernel has reclaimed since, nothing is known."""
+    return db_window_bytes()

@@ -203,6 +203,7 @@ cdef extern from "dualblade.h" nogil:
     ctypedef struct db_counters_t "struct db_counters":
         int64_t devices, requests, batches, buffers, extent_maps, tails, mappings
     void db_counters(db_counters_t *out) noexcept
+    uint64_t db_window_bytes() noexcept
 
     int db_nvme_sibling(uint64_t device, bint is_character, char *path,
                         size_t path_size) noexcept

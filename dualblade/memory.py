@@ -16,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
+from dualblade._core import window_bytes
 from dualblade.cgroups import CgroupFiles, CgroupLevel, find_hierarchy, open_levels
 from dualblade.errors import ClosedError
 from dualblade.kernelfile import KernelFile, field
@@ -313,7 +314,7 @@ class MemoryWatch:
         report = self._read([*own, *(files for files in above if files.limit()[0] is not None)])
         before, self._before = self._before, report.pressure
         return MemorySample(
-            report.free_bytes(views_bytes),
+            report.free_bytes(views_bytes + window_bytes()),
             report.ceiling_bytes,
             *report.pressure.since(before or report.pressure),
             self._sources,
@@ -475,7 +476,7 @@ def page_cache_budget(memory: str | int, staging_bytes: int, root: str | Path = 
     if memory == "auto":
         # The consumer's own arrays (weights, activations, what fetch() returns) need room too and
         # grow after this: a quarter is left to them until the residency manager sees them come.
-        free = max(0, report.budget_bytes - staging_bytes)
+        free = max(0, report.free_bytes(window_bytes()) - staging_bytes)
         return Budget(
             free * 3 // 4,
             f"auto: 3/4 of the {format_size(free)} that are free now, {inside}",

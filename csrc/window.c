@@ -1,0 +1,232 @@
+/* window.c - a file mapped as long as it is open, and pages that stay while they are copied. */
+#define _GNU_SOURCE
+#include "window.h"
+
+#include "cached.h"
+#include "copy.h"
+#include "dualblade.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+enum {
+    /* A fault maps so much around it, as far as it is in the page cache: aligned in memory, and so
+     * in the file too, as long as the mapping is. */
+    UNIT_BYTES = 64 << 10,
+    ALIGN_BYTES = 2 << 20,
+    WORD_BITS = 64,
+    PAGE_BYTES = 4096, /* of any processor that has db_copy_checksum() */
+    PIN_PAGES = DB_PIN_BYTES / PAGE_BYTES + 1,
+    PIPE_BYTES = 2 * DB_PIN_BYTES, /* a slot for each page, and one if it begins within a page */
+};
+
+static _Atomic uint64_t all_mapped_bytes;
+
+uint64_t db_window_bytes(void)
+{
+    return atomic_load(&all_mapped_bytes);
+}
+
+static void count(struct db_window *window, int64_t bytes)
+{
+    atomic_fetch_add(&window->mapped_bytes, (uint64_t)bytes);
+    atomic_fetch_add(&all_mapped_bytes, (uint64_t)bytes);
+}
+
+/* ---- the mapping ----------------------------------------------------------------------------- */
+
+/* After mlockall(MCL_FUTURE) the kernel would read all of it. A child has no use for it, and would
+ * have to be given all of its page tables. */
+static void *map_unread(int fd, uint64_t length)
+{
+    size_t reserved = length + ALIGN_BYTES;
+    uint8_t *room = mmap(NULL, reserved, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+                         -1, 0);
+    if (room == MAP_FAILED)
+        return NULL;
+    uint8_t *start = room + (ALIGN_BYTES - (uintptr_t)room % ALIGN_BYTES) % ALIGN_BYTES;
+    if (start > room)
+        munmap(room, (size_t)(start - room));
+    uint64_t behind = (length + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+    if (start + behind < room + reserved)
+        munmap(start + behind, (size_t)(room + reserved - start - behind));
+    if (mmap(start, length, PROT_NONE, MAP_SHARED | MAP_FIXED, fd, 0) == MAP_FAILED) {
+        munmap(start, length);
+        return NULL;
+    }
+    if (munlock(start, length) == 0 && mprotect(start, length, PROT_READ) == 0 &&
+        madvise(start, length, MADV_DONTFORK) == 0 && madvise(start, length, MADV_RANDOM) == 0)
+        return start;
+    munmap(start, length);
+    return NULL;
+}
+
+void db_window_open(int fd, uint64_t length, const struct db_lock *lock, struct db_window *out)
+{
+    uint64_t units = (length + UNIT_BYTES - 1) / UNIT_BYTES;
+    *out = (struct db_window){.length = length, .fd = fd, .lock = lock};
+    if (!db_copy_is_fast() || !db_cached_is_told(fd))
+        return;
+    out->units_length = (size_t)(units / WORD_BITS + 1) * sizeof(out->units[0]);
+    /* Not taken before it is written to. */
+    void *bits = mmap(NULL, out->units_length, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (bits == MAP_FAILED)
+        return;
+    void *start = map_unread(fd, length);
+    if (!start) {
+        munmap(bits, out->units_length);
+        return;
+    }
+    out->units = bits;
+    out->start = start;
+}
+
+static void forget(struct db_window *window)
+{
+    count(window, -(int64_t)atomic_load(&window->mapped_bytes));
+    munmap((void *)window->units, window->units_length);
+    window->start = NULL;
+}
+
+void db_window_close(struct db_window *window)
+{
+    if (!window->start)
+        return;
+    munmap((void *)window->start, window->length);
+    forget(window);
+}
+
+void db_window_abandon(struct db_window *window)
+{
+    if (window->start)
+        forget(window);
+}
+
+static uint64_t unit_after(uint64_t offset)
+{
+    return (offset + UNIT_BYTES - 1) / UNIT_BYTES;
+}
+
+/* Of one word, the bits of units from `first` up to `end`. */
+static uint64_t bits_of(uint64_t first, uint64_t end)
+{
+    uint64_t low = first % WORD_BITS, bits = end - first;
+    if (bits >= WORD_BITS - low)
+        return UINT64_MAX << low;
+    return ((UINT64_C(1) << bits) - 1) << low;
+}
+
+/* Notes a range, or forgets it; returns how many units changed. */
+static int64_t mark(struct db_window *window, uint64_t offset, uint64_t length, bool is_mapped)
+{
+    uint64_t end = unit_after(offset + length);
+    int64_t changed = 0;
+    for (uint64_t unit = offset / UNIT_BYTES; unit < end;) {
+        uint64_t next = (unit / WORD_BITS + 1) * WORD_BITS;
+        _Atomic uint64_t *word = &window->units[unit / WORD_BITS];
+        uint64_t bits = bits_of(unit, end < next ? end : next);
+        uint64_t before = atomic_load_explicit(word, memory_order_relaxed);
+        if (is_mapped && (before & bits) != bits)
+            changed += __builtin_popcountll(bits & ~atomic_fetch_or(word, bits));
+        else if (!is_mapped && (before & bits))
+            changed += __builtin_popcountll(bits & atomic_fetch_and(word, ~bits));
+        unit = next;
+    }
+    return changed;
+}
+
+void db_window_drop(struct db_window *window, uint64_t offset, uint64_t length)
+{
+    if (!window->start || length == 0)
+        return;
+    int64_t units = mark(window, offset, length, false);
+    if (units == 0)
+        return;
+    uint64_t first = offset / UNIT_BYTES * UNIT_BYTES;
+    uint64_t end = unit_after(offset + length) * UNIT_BYTES;
+    if (end > window->length)
+        end = window->length;
+    void *start = (uint8_t *)window->start + first;
+    /* EINVAL: mlockall(2) has been called since it was made. */
+    if (madvise(start, end - first, MADV_DONTNEED) < 0 && munlock(start, end - first) == 0)
+        (void)madvise(start, end - first, MADV_DONTNEED);
+    count(window, -units * UNIT_BYTES);
+}
+
+/* ---- pins ------------------------------------------------------------------------------------ */
+
+void db_pin_open(struct db_pin *pin, bool is_wanted)
+{
+    *pin = (struct db_pin){.ends = {-1, -1}, .nowhere = -1};
+    if (!is_wanted || pipe2(pin->ends, O_CLOEXEC) < 0)
+        return;
+    pin->nowhere = open("/dev/null", O_WRONLY | O_CLOEXEC);
+    if (pin->nowhere < 0 || fcntl(pin->ends[1], F_SETPIPE_SZ, PIPE_BYTES) < 0)
+        db_pin_close(pin);
+}
+
+void db_pin_close(struct db_pin *pin)
+{
+    for (int i = 0; i < 2; i++)
+        if (pin->ends[i] >= 0)
+            close(pin->ends[i]);
+    if (pin->nowhere >= 0)
+        close(pin->nowhere);
+    pin->ends[0] = pin->ends[1] = pin->nowhere = -1;
+}
+
+/* splice() of what is not there would wait for the drive, a few pages at a time. */
+static bool is_resident(const uint8_t *bytes, uint64_t length)
+{
+    unsigned char pages[PIN_PAGES];
+    uint64_t inside = (uintptr_t)bytes % PAGE_BYTES;
+    uint64_t count = (inside + length + PAGE_BYTES - 1) / PAGE_BYTES;
+    if (mincore((void *)(bytes - inside), inside + length, pages) < 0)
+        return false;
+    for (uint64_t i = 0; i < count; i++)
+        if (!(pages[i] & 1))
+            return false;
+    return true;
+}
+
+const void *db_pin_take(struct db_pin *pin, struct db_window *window, uint64_t offset,
+                        uint64_t length)
+{
+    if (!window->start || pin->ends[0] < 0 || length > DB_PIN_BYTES ||
+        db_lock_is_shared(window->lock))
+        return NULL;
+    assert(offset <= window->length && length <= window->length - offset);
+    if (!is_resident(window->start + offset, length))
+        return NULL;
+    off_t at = (off_t)offset;
+    for (uint64_t left = length; left > 0;) {
+        ssize_t taken = splice(window->fd, &at, pin->ends[1], NULL, left, SPLICE_F_NONBLOCK);
+        if (taken <= 0) { /* the plain read says what it is */
+            db_pin_give(pin);
+            return NULL;
+        }
+        left -= (uint64_t)taken;
+        pin->held_bytes += (uint64_t)taken;
+    }
+    int64_t units = mark(window, offset, length, true);
+    if (units > 0)
+        count(window, units * UNIT_BYTES);
+    return window->start + offset;
+}
+
+void db_pin_give(struct db_pin *pin)
+{
+    while (pin->held_bytes > 0) {
+        ssize_t given = splice(pin->ends[0], NULL, pin->nowhere, NULL, pin->held_bytes, 0);
+        if (given <= 0 || (uint64_t)given > pin->held_bytes) {
+            db_pin_close(pin); /* that lets go of them, and of what else there may be */
+            pin->held_bytes = 0;
+            return;
+        }
+        pin->held_bytes -= (uint64_t)given;
+    }
+}

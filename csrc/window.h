@@ -1,0 +1,51 @@
+/* window.h - a member's pages in the page cache as memory, to copy from.
+ *
+ * A read(2) copies page by page in the kernel, into the processor's cache, and its bytes are then
+ * read again for their checksum. From memory both are one pass (copy.h). What must not happen is a
+ * page fault that cannot be served, which is SIGBUS: so a range is only copied while its pages are
+ * *pinned*, by splice(2) into a pipe, which takes references of them. What is pinned can't be
+ * reclaimed, and has been read without an error. */
+#ifndef DUALBLADE_WINDOW_H
+#define DUALBLADE_WINDOW_H
+
+#include "mapping.h"
+
+#include <stdatomic.h>
+
+enum { DB_PIN_BYTES = 256 << 10 }; /* at most at once */
+
+struct db_window {
+    const uint8_t *start; /* NULL: there is none, and nothing can be pinned */
+    uint64_t length;
+    int fd;
+    const struct db_lock *lock;
+    _Atomic uint64_t *units; /* a bit for each run of pages that may be mapped */
+    size_t units_length;
+    _Atomic uint64_t mapped_bytes;
+};
+
+/* The whole of a file, through the descriptor that the lock is of. It has no window where the
+ * kernel gives none or does not say what is resident. */
+void db_window_open(int fd, uint64_t length, const struct db_lock *lock, struct db_window *out);
+void db_window_close(struct db_window *window);
+/* In the child after a fork, where the memory is not. */
+void db_window_abandon(struct db_window *window);
+/* Lets go of a range, whose pages the kernel would not drop while they are mapped. */
+void db_window_drop(struct db_window *window, uint64_t offset, uint64_t length);
+
+/* For one thread, one range at a time. */
+struct db_pin {
+    int ends[2], nowhere; /* a pipe's, and /dev/null */
+    uint64_t held_bytes;
+};
+
+/* Never fails: without its pipe, or where it is not wanted, it pins nothing. */
+void db_pin_open(struct db_pin *pin, bool is_wanted);
+void db_pin_close(struct db_pin *pin);
+/* Where the range can be read until db_pin_give(); NULL if not all of it is in the page cache, or
+ * somebody has mapped parts of the file for himself: his pages would be counted twice. */
+const void *db_pin_take(struct db_pin *pin, struct db_window *window, uint64_t offset,
+                        uint64_t length);
+void db_pin_give(struct db_pin *pin);
+
+#endif
