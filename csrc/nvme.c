@@ -40,8 +40,11 @@ enum {
     HANDLE_STATUS = 1,         /* that a management receive is for */
     HANDLES_AT = 16,           /* and the handles in its answer */
     HANDLE_BYTES = 32,
+    STATUS_CODE = 0x7ff, /* with its type */
     STATUS_TYPE = 7 << 8,
-    PATH_RELATED = 3 << 8, /* a status of this type is the kernel's, and the drive's work undone */
+    PATH_RELATED = 3 << 8,
+    ABORTED = 0x07, /* of the generic type, as the next */
+    QUEUE_DELETED = 0x08,
     DO_NOT_RETRY = 1 << 14,
     PATH_TRIES = 6,
     LEAST_PAGE_BYTES = 4096, /* of a controller; where its own is larger, so is its limit */
@@ -295,14 +298,20 @@ void db_nvme_close(struct db_nvme_namespace *space)
 
 /* ---- commands that are waited for ------------------------------------------------------------ */
 
-/* Sent again where the kernel took it back from the drive, which resets do to what is under way. */
+/* A reset did that to what was under way: by the kernel's word, or by the drive's. */
+static bool was_taken_back(int status)
+{
+    int code = status & STATUS_CODE;
+    return (code & STATUS_TYPE) == PATH_RELATED || code == ABORTED || code == QUEUE_DELETED;
+}
+
 static int run(const struct db_nvme_namespace *space, struct nvme_passthru_cmd *command)
 {
     int rc, tries = PATH_TRIES;
     command->nsid = space->nsid;
     do
         rc = ioctl(space->fd, NVME_IOCTL_IO_CMD, command);
-    while (rc > 0 && (rc & STATUS_TYPE) == PATH_RELATED && !(rc & DO_NOT_RETRY) && --tries > 0);
+    while (rc > 0 && was_taken_back(rc) && !(rc & DO_NOT_RETRY) && --tries > 0);
     return rc < 0 ? -errno : rc;
 }
 
