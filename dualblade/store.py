@@ -203,7 +203,7 @@ class TensorStore(Saving, Views, Parts):
                 return growth
             writes, found = self._plan_append(entries, parts)
             ends += found
-            self._start_parts(writes, completions, operation)
+            self._start_parts(writes, completions, id(operation))
             # The mapping is the caller's, who may empty it at once.
             self._register(operation, ticket, [entry.key for entry in entries])
         return ticket

@@ -193,18 +193,7 @@ class EntryTransfer(EntryAccess):
                 self._write_back.written(writer)
 
         with _core.Bracket(lambda: None, end):
-            for name, members in self._by_path(writes).items():
-                requests = [request for _, request in members]
-                if not requests:
-                    continue
-                if name in self._buffered:
-                    self._doubts.mark([entry for entry, _ in members])
-                if self._write_back is None or name == "direct":
-                    self._start_placed(name, requests, completions)
-                    continue
-                for part in parts_of(requests, self._write_back.part_bytes):
-                    self._admit(writer, blocks_of(part), completions)
-                    completions.append(self._paths[name].write(part, None))
+            self._start_parts(writes, completions, writer)
             wait_all(completions)
 
     def _start_placed(
@@ -223,9 +212,10 @@ class EntryTransfer(EntryAccess):
         self,
         writes: Iterable[tuple[Entry, Request]],
         completions: list[_core.Completion],
-        operation: Operation,
+        writer: object,
     ) -> None:
-        """Starts writing parts of entries; adds to `completions` as it goes."""
+        """Starts writing parts of entries; adds to `completions` as it goes. Once they are over,
+        however they end, the write-back is to be told of this writer."""
         for name, members in self._by_path(writes).items():
             requests = [request for _, request in members]
             if not requests:
@@ -236,7 +226,7 @@ class EntryTransfer(EntryAccess):
                 self._start_placed(name, requests, completions)
                 continue
             for part in parts_of(requests, self._write_back.part_bytes):
-                self._admit(id(operation), blocks_of(part), completions)
+                self._admit(writer, blocks_of(part), completions)
                 completions.append(self._paths[name].write(part, None))
 
     def _read_bytes(
