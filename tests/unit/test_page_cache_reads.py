@@ -118,9 +118,9 @@ def test_what_reads_have_mapped_can_be_dropped(window: _core.Device):
     window.read([(0, np.empty(8 * MIB, np.uint8))], path="pagecache").wait()
     assert _core.window_bytes() == 8 * MIB
     window.flush()
-    window.drop_cached(2 * MIB, MIB)
-    assert window.cached_bytes(2 * MIB, MIB)[0] == 0
-    assert _core.window_bytes() <= 7 * MIB
+    window.drop_cached(2 * MIB, 2 * MIB)  # as much as the kernel may hold in one piece
+    assert window.cached_bytes(2 * MIB, 2 * MIB)[0] == 0
+    assert _core.window_bytes() <= 6 * MIB
     window.drop_cached(0, SIZE)
     assert window.cached_bytes(0, SIZE)[0] == 0
     assert _core.window_bytes() == 0
