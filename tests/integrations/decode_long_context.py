@@ -17,7 +17,7 @@ import dualblade
 from dualblade.integrations.transformers import DualBladeCache
 
 LAYERS, HEADS, DIM, TOKENS = 8, 8, 128, 8192
-STEPS = int(os.environ.get("DUALBLADE_TEST_STEPS", "24"))
+STEPS = int(os.environ.get("DUALBLADE_TEST_STEPS", "8"))
 CHUNK = 512
 KV_BYTES = 2 * LAYERS * HEADS * DIM * TOKENS * 2  # keys and values, float16
 

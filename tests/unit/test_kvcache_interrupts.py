@@ -90,10 +90,10 @@ def test_a_layer_has_the_tokens_that_it_says(
 ) -> None:
     monkeypatch.setattr("dualblade.write_behind.BEHIND_BYTES", 512 * KIB)
     count, call = OPERATIONS[name]
+    pairs = [(rows(21 + count, layer), rows(21 + count, layer + 2)) for layer in range(2)]
     number, is_interrupted = 0, True
     while is_interrupted:
         with dualblade.KVCache(store, 2, 1, 1024, max_tokens=400) as kv:
-            pairs = [(rows(21 + count, layer), rows(21 + count, layer + 2)) for layer in range(2)]
             for layer, (k, v) in enumerate(pairs):
                 kv.append(layer, k[:20], v[:20])
                 kv.append(layer, k[20:21], v[20:21])
