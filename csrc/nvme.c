@@ -305,14 +305,18 @@ static bool was_taken_back(int status)
     return (code & STATUS_TYPE) == PATH_RELATED || code == ABORTED || code == QUEUE_DELETED;
 }
 
+/* -EAGAIN: the way to the drive comes and goes; the block layer waits for it, and this does not. */
 static int run(const struct db_nvme_namespace *space, struct nvme_passthru_cmd *command)
 {
-    int rc, tries = PATH_TRIES;
     command->nsid = space->nsid;
-    do
-        rc = ioctl(space->fd, NVME_IOCTL_IO_CMD, command);
-    while (rc > 0 && was_taken_back(rc) && !(rc & DO_NOT_RETRY) && --tries > 0);
-    return rc < 0 ? -errno : rc;
+    for (int tries = PATH_TRIES; tries > 0; tries--) {
+        int rc = ioctl(space->fd, NVME_IOCTL_IO_CMD, command);
+        if (rc < 0 && errno != EINTR) /* EINTR: no signal ends this wait, but a reset does */
+            return -errno;
+        if (rc >= 0 && (!was_taken_back(rc) || (rc & DO_NOT_RETRY) || tries == 1))
+            return rc;
+    }
+    return -EAGAIN;
 }
 
 /* Not sent again when the drive fails it, which may have forgotten then what it could not write. */
