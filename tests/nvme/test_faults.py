@@ -122,6 +122,30 @@ def test_a_controller_reset_loses_nothing():
         assert after - before == 2 * MIB // device.info.max_transfer  # as long as they were
 
 
+def test_flush_and_discard_outlast_resets():
+    namespace = find("spare")
+    with opened(namespace) as device:
+        resets = 0
+        stopped = threading.Event()
+
+        def reset() -> None:
+            nonlocal resets
+            while not stopped.wait(0.05):
+                (namespace.controller / "reset_controller").write_text("1")
+                resets += 1
+
+        thread = threading.Thread(target=reset)
+        thread.start()
+        try:
+            while resets < 30:
+                device.write([(0, _core.aligned_empty(MIB, np.uint8))]).wait()
+                again(device.flush)
+                again(lambda: device.discard(0, MIB))
+        finally:
+            stopped.set()
+            thread.join()
+
+
 def again(call: Callable[[], None]) -> None:
     """What QEMU is doing when it is reset it may answer with an error, and not leave unanswered as
     drives do: of a flush that is for the caller to know, who flushes again."""
