@@ -49,6 +49,8 @@ struct db_request {
     bool prepared; /* a write's checksums are taken; a read's have been compared */
     bool busy;
 
+    /* engine_threads.c: of the file, what is being read around this piece; 0, 0: nothing is known */
+    uint64_t run_start, run_end;
     uint32_t begun_bytes; /* engine_threads.c: moved so far of a read that met a gap */
     uint32_t sent_bytes, left_bytes; /* engine_nvme.c: in commands; of these, not done */
     struct iocb iocb;                /* engine_aio.c */

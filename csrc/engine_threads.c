@@ -120,11 +120,11 @@ static bool read_what_is_there(struct db_engine *engine, struct db_request *requ
 static bool copy_from_window(struct worker *worker, struct db_request *request)
 {
     const struct db_engine_config *config = &worker->engine->config;
-    if (!config->windows || request->length < WINDOW_LEAST_BYTES ||
+    if (!config->windows || request->length < WINDOW_LEAST_BYTES || request->begun_bytes > 0 ||
         request->length != request->user_bytes || request->buffer != request->user)
         return false;
-    const void *from = db_pin_take(&worker->pin, config->windows[request->file], request->offset,
-                                   request->length);
+    struct db_window *window = config->windows[request->file];
+    const void *from = db_pin_take(&worker->pin, window, request->offset, request->length);
     if (!from)
         return false;
     config->copy(request, from, config->context);
@@ -132,20 +132,43 @@ static bool copy_from_window(struct worker *worker, struct db_request *request)
     return true;
 }
 
+/* The same, once what is not there has been brought in with what is read around it. */
+static enum db_fill fill_and_copy(struct worker *worker, struct db_request *request)
+{
+    const struct db_engine_config *config = &worker->engine->config;
+    if (!config->windows || request->run_end == 0)
+        return DB_FILL_NONE;
+    enum db_fill found = db_window_fill(config->windows[request->file], request->offset,
+                                        request->length, request->run_start, request->run_end);
+    if (found == DB_FILL_DONE && !copy_from_window(worker, request))
+        found = DB_FILL_NONE;
+    return found;
+}
+
 /* False: the request is begun, and its thread may do something else meanwhile. */
+static bool begin(struct worker *worker, struct db_request *request)
+{
+    struct db_engine *engine = worker->engine;
+    request->begun_bytes = 0;
+    engine->config.before(request, engine->config.context);
+    if (request->direction != DB_READ || !engine->can_begin) {
+        move_rest(request);
+        return true;
+    }
+    if (copy_from_window(worker, request))
+        return true;
+    enum db_fill found = fill_and_copy(worker, request);
+    return found == DB_FILL_DONE ||
+           (found == DB_FILL_NONE && read_what_is_there(engine, request));
+}
+
 static bool move_bytes(struct worker *worker, struct db_request *request, bool is_begun)
 {
     struct db_engine *engine = worker->engine;
-    bool may_begin = !is_begun && request->direction == DB_READ && engine->can_begin;
-    if (!is_begun) {
-        request->begun_bytes = 0;
-        engine->config.before(request, engine->config.context);
-    }
-    bool is_copied = may_begin && copy_from_window(worker, request);
-    if (!may_begin)
-        move_rest(request);
-    else if (!is_copied && !read_what_is_there(engine, request))
+    if (!is_begun && !begin(worker, request))
         return false;
+    if (is_begun && !copy_from_window(worker, request))
+        move_rest(request);
     engine->config.after(request, engine->config.context);
     return true;
 }

@@ -73,8 +73,8 @@ int db_member_open(const char *path, bool read_only, struct db_member *member)
                           member->geometry.is_block_device, &member->geometry);
     member->geometry.has_direct = has_direct;
     if (!rc)
-        db_window_open(member->buffered_fd, member->geometry.size_bytes, member->lock,
-                       &member->window);
+        db_window_open(member->buffered_fd, member->watch_fd, member->geometry.size_bytes,
+                       member->lock, &member->window);
     return rc;
 }
 

@@ -198,6 +198,8 @@ static struct db_request *carve(struct db_queue *queue, struct db_batch *batch)
         .staging = staged ? queue->free_slots[--queue->free_slot_count] : NULL,
         .checksums = io->checksums ? io->checksums + chunk : NULL,
         .is_tail = batch->is_tail,
+        .run_start = queue->config.stripes.member_count == 1 ? io->offset : 0,
+        .run_end = queue->config.stripes.member_count == 1 ? io->offset + io->length : 0,
         .size_tag = io->length >= DB_REQUEST_MOST_BYTES ? size->tag : 0,
         .busy = true,
     };

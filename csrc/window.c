@@ -16,7 +16,8 @@ enum {
     /* A fault maps so much around it, as far as it is in the page cache: aligned in memory, and so
      * in the file too, as long as the mapping is. */
     UNIT_BYTES = 64 << 10,
-    ALIGN_BYTES = 2 << 20,
+    FILL_BYTES = 2 << 20, /* the largest folio */
+    ALIGN_BYTES = FILL_BYTES,
     WORD_BITS = 64,
     PAGE_BYTES = 4096, /* of any processor that has db_copy_checksum() */
     PIN_PAGES = DB_PIN_BYTES / PAGE_BYTES + 1,
@@ -57,38 +58,48 @@ static void *map_unread(int fd, uint64_t length)
         munmap(start, length);
         return NULL;
     }
-    if (munlock(start, length) == 0 && mprotect(start, length, PROT_READ) == 0 &&
-        madvise(start, length, MADV_DONTFORK) == 0 && madvise(start, length, MADV_RANDOM) == 0)
-        return start;
-    munmap(start, length);
-    return NULL;
+    if (munlock(start, length) < 0 || mprotect(start, length, PROT_READ) < 0 ||
+        madvise(start, length, MADV_DONTFORK) < 0 || madvise(start, length, MADV_RANDOM) < 0) {
+        munmap(start, length);
+        return NULL;
+    }
+    (void)madvise(start, length, MADV_HUGEPAGE); /* for db_window_fill(); not all kernels have it */
+    return start;
 }
 
-void db_window_open(int fd, uint64_t length, const struct db_lock *lock, struct db_window *out)
+static size_t bitmap_bytes(uint64_t length, uint64_t unit_bytes)
 {
-    uint64_t units = (length + UNIT_BYTES - 1) / UNIT_BYTES;
+    uint64_t units = (length + unit_bytes - 1) / unit_bytes;
+    return (size_t)(units / WORD_BITS + 1) * sizeof(uint64_t);
+}
+
+void db_window_open(int fd, int map_fd, uint64_t length, const struct db_lock *lock,
+                    struct db_window *out)
+{
     *out = (struct db_window){.length = length, .fd = fd, .lock = lock};
     if (!db_copy_is_fast() || !db_cached_is_told(fd))
         return;
-    out->units_length = (size_t)(units / WORD_BITS + 1) * sizeof(out->units[0]);
+    size_t units_length = bitmap_bytes(length, UNIT_BYTES);
+    out->bits_length = units_length + bitmap_bytes(length, FILL_BYTES);
     /* Not taken before it is written to. */
-    void *bits = mmap(NULL, out->units_length, PROT_READ | PROT_WRITE,
+    void *bits = mmap(NULL, out->bits_length, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (bits == MAP_FAILED)
         return;
-    void *start = map_unread(fd, length);
+    void *start = map_unread(map_fd, length);
     if (!start) {
-        munmap(bits, out->units_length);
+        munmap(bits, out->bits_length);
         return;
     }
     out->units = bits;
+    out->fills = (void *)((uint8_t *)bits + units_length);
     out->start = start;
 }
 
 static void forget(struct db_window *window)
 {
     count(window, -(int64_t)atomic_load(&window->mapped_bytes));
-    munmap((void *)window->units, window->units_length);
+    munmap((void *)window->units, window->bits_length);
     window->start = NULL;
 }
 
@@ -157,6 +168,52 @@ void db_window_drop(struct db_window *window, uint64_t offset, uint64_t length)
     count(window, -units * UNIT_BYTES);
 }
 
+static void note_mapped(struct db_window *window, uint64_t offset, uint64_t length)
+{
+    int64_t units = mark(window, offset, length, true);
+    if (units > 0)
+        count(window, units * UNIT_BYTES);
+}
+
+/* Of a whole aligned unit. The kernel reads all of it at once, and no more; the descriptor that is
+ * mapped has no reader whose readahead would go on from there. */
+static enum db_fill fill_unit(struct db_window *window, uint64_t unit)
+{
+#ifdef MADV_POPULATE_READ
+    _Atomic uint64_t *word = &window->fills[unit / WORD_BITS];
+    uint64_t bit = UINT64_C(1) << unit % WORD_BITS;
+    if (atomic_fetch_or(word, bit) & bit)
+        return DB_FILL_BUSY;
+    void *start = (uint8_t *)window->start + unit * FILL_BYTES;
+    int rc = madvise(start, FILL_BYTES, MADV_POPULATE_READ);
+    note_mapped(window, unit * FILL_BYTES, FILL_BYTES);
+    atomic_fetch_and(word, ~bit);
+    return rc == 0 ? DB_FILL_DONE : DB_FILL_NONE; /* the plain read says what it is */
+#else
+    (void)window;
+    (void)unit;
+    return DB_FILL_NONE;
+#endif
+}
+
+enum db_fill db_window_fill(struct db_window *window, uint64_t offset, uint64_t length,
+                            uint64_t run_start, uint64_t run_end)
+{
+    enum db_fill found = DB_FILL_NONE;
+    if (!window->start || db_lock_is_shared(window->lock))
+        return found;
+    assert(run_end <= window->length && offset + length <= run_end && run_start <= offset);
+    for (uint64_t unit = offset / FILL_BYTES; unit * FILL_BYTES < offset + length; unit++) {
+        uint64_t start = unit * FILL_BYTES;
+        if (start < run_start || run_end - start < FILL_BYTES)
+            continue;
+        enum db_fill one = fill_unit(window, unit);
+        if (one == DB_FILL_BUSY || found == DB_FILL_NONE)
+            found = one;
+    }
+    return found;
+}
+
 /* ---- pins ------------------------------------------------------------------------------------ */
 
 void db_pin_open(struct db_pin *pin, bool is_wanted)
@@ -212,9 +269,7 @@ const void *db_pin_take(struct db_pin *pin, struct db_window *window, uint64_t o
         left -= (uint64_t)taken;
         pin->held_bytes += (uint64_t)taken;
     }
-    int64_t units = mark(window, offset, length, true);
-    if (units > 0)
-        count(window, units * UNIT_BYTES);
+    note_mapped(window, offset, length);
     return window->start + offset;
 }
 

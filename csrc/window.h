@@ -20,18 +20,32 @@ struct db_window {
     int fd;
     const struct db_lock *lock;
     _Atomic uint64_t *units; /* a bit for each run of pages that may be mapped */
-    size_t units_length;
+    _Atomic uint64_t *fills; /* a bit for each unit that a thread is filling */
+    size_t bits_length;      /* of both */
     _Atomic uint64_t mapped_bytes;
 };
 
-/* The whole of a file, through the descriptor that the lock is of. It has no window where the
- * kernel gives none or does not say what is resident. */
-void db_window_open(int fd, uint64_t length, const struct db_lock *lock, struct db_window *out);
+/* The whole of a file, through the descriptor that the lock is of; map_fd is another of the file,
+ * through which nobody reads. It has no window where the kernel gives none or does not say what is
+ * resident. */
+void db_window_open(int fd, int map_fd, uint64_t length, const struct db_lock *lock,
+                    struct db_window *out);
 void db_window_close(struct db_window *window);
 /* In the child after a fork, where the memory is not. */
 void db_window_abandon(struct db_window *window);
 /* Lets go of a range, whose pages the kernel would not drop while they are mapped. */
 void db_window_drop(struct db_window *window, uint64_t offset, uint64_t length);
+
+/* Reads what is not in the page cache of a range, and of what lies around it in the run that all of
+ * is being read: in the largest pieces of memory that the kernel has, which it maps, copies from
+ * and reclaims at the cost of a page each. */
+enum db_fill {
+    DB_FILL_NONE, /* the run is too short, or the kernel does not do it */
+    DB_FILL_BUSY, /* another thread is at it */
+    DB_FILL_DONE,
+};
+enum db_fill db_window_fill(struct db_window *window, uint64_t offset, uint64_t length,
+                            uint64_t run_start, uint64_t run_end);
 
 /* For one thread, one range at a time. */
 struct db_pin {

@@ -98,6 +98,30 @@ static void test_drop(void)
     CHECK_EQUAL(db_window_bytes(), 0);
 }
 
+/* Whole units that lie in the run, and nothing else. */
+static void test_fill(void)
+{
+    db_window_drop(&window, 0, FILE_BYTES);
+    drop(0, FILE_BYTES);
+    CHECK_EQUAL(db_window_fill(&window, PAGE, MIB, PAGE, FILE_BYTES), DB_FILL_NONE);
+    CHECK_EQUAL(db_window_fill(&window, 0, MIB, 0, 2 * MIB - 1), DB_FILL_NONE);
+    CHECK_EQUAL(resident_bytes(0, FILE_BYTES), 0);
+    enum db_fill found = db_window_fill(&window, 3 * MIB, PAGE, PAGE, FILE_BYTES);
+    if (found == DB_FILL_NONE)
+        return; /* an old kernel */
+    CHECK_EQUAL(found, DB_FILL_DONE);
+    CHECK_EQUAL(resident_bytes(0, 2 * MIB), 0);
+    CHECK_EQUAL(resident_bytes(2 * MIB, 2 * MIB), 2 * MIB);
+    CHECK_EQUAL(db_window_bytes(), 2 * MIB);
+    CHECK_EQUAL(db_window_fill(&window, 2 * MIB - PAGE, 2 * PAGE, 0, FILE_BYTES), DB_FILL_DONE);
+    CHECK_EQUAL(memcmp(window.start, bytes, FILE_BYTES), 0);
+    CHECK(take(0, DB_PIN_BYTES) != NULL);
+    db_pin_give(&pin);
+    db_window_drop(&window, 0, FILE_BYTES);
+    drop(0, FILE_BYTES);
+    CHECK_EQUAL(resident_bytes(0, FILE_BYTES), 0);
+}
+
 /* What is pinned stays in the page cache though it is not mapped any more. */
 static void test_pinned(void)
 {
@@ -160,6 +184,8 @@ int main(void)
     char path[] = "/var/tmp/dualblade-window-XXXXXX";
     fd = mkstemp(path);
     CHECK(fd >= 0);
+    int map_fd = open(path, O_RDONLY);
+    CHECK(map_fd >= 0);
     unlink(path);
     for (size_t i = 0; i < sizeof(bytes); i++)
         bytes[i] = (uint8_t)check_random(&random);
@@ -167,7 +193,7 @@ int main(void)
     CHECK_EQUAL(fsync(fd), 0);
     CHECK_EQUAL(posix_fadvise(fd, 0, 0, POSIX_FADV_RANDOM), 0);
     CHECK_EQUAL(db_lock_open(fd, &lock), 0);
-    db_window_open(fd, FILE_BYTES, lock, &window);
+    db_window_open(fd, map_fd, FILE_BYTES, lock, &window);
     if (!window.start) {
         CHECK(!db_copy_is_fast());
         printf("test_window: skipped, neither AVX2 nor a known xxhash.h\n");
@@ -179,6 +205,7 @@ int main(void)
     test_contents(&random);
     test_gap();
     test_drop();
+    test_fill();
     test_pinned();
     test_shared();
     test_fork();
@@ -187,5 +214,6 @@ int main(void)
     db_window_close(&window);
     CHECK_EQUAL(db_window_bytes(), 0);
     db_lock_close(lock);
+    close(map_fd);
     return check_report("test_window");
 }
