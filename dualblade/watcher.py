@@ -54,6 +54,9 @@ PLAN_REST = 50
 MEND_S = 0.2
 MEND_MAX_S = 60.0
 """What the drive refused is given to it again after so long, twice as long each time up to this."""
+RETURN_PART = 8
+"""In one go groups come back of this part of the budget at most: a decode step that has to read
+all of them from the drive would be longer than one before or after it."""
 CHECK_S = 0.0005
 """Of each interval, for asking the kernel which pages of ours are in memory."""
 CHECK_MIN_BYTES = 64 << 10
@@ -342,13 +345,17 @@ class Watching(Rebinding):
             return
         self._settle_finished()  # appends that nobody has waited for hold their groups
         until_s = begin_s + FILL_S
+        sizes = {group.name: 0 if group.is_empty else group.size_bytes for group in found.candidates}
+        returned_bytes = 0
         for path, names in (("direct", moves.to_direct), ("pagecache", moves.to_pagecache)):
             for name in names:
-                if time.perf_counter() > until_s:
+                if time.perf_counter() > until_s or returned_bytes >= budget // RETURN_PART:
                     return
                 if self._move_if_idle(name, path, found.members.get(name, ())):
                     self._moves[path] += 1
                     self._moved_s = now_s
+                    if path == "pagecache":
+                        returned_bytes += sizes[name]
                     if path == "pagecache" and not swaps:
                         governor.came_back(now_s)
 
