@@ -234,9 +234,10 @@ void db_tail_close(struct db_tail *tail);
 /* Forget everything and stand at byte `stored` (a multiple of DB_BLOCK_BYTES), where `chunk` holds
  * the stored bytes of the chunk begun before it (stored % chunk_bytes of them; NULL if none). */
 void db_tail_reset(struct db_tail *tail, uint64_t stored, const void *chunk);
-/* Appends data. Says what is to be written now as up to two runs: *head (one block, owned by the
+/* Appends data; with `copy`, memory of the same length, leaves a copy there, made while the
+ * checksums are taken. Says what is to be written now as up to two runs: *head (one block, owned by the
  * tail and valid until the next call; head_offset) and the part of data that fills whole blocks
- * (body_offset on the run, body_start in data, body_bytes). From here on these count as stored.
+ * (body_offset on the run, body_start in data and in the copy, body_bytes). From here on these count as stored.
  * digests gets the checksum of every chunk that gained stored bytes, from first_chunk on, which is
  * the one that the first of them went to; the last one ends where the stored bytes do. They are
  * digest_count, at most length / chunk_bytes + 2, and none if everything was held back. */
@@ -247,7 +248,7 @@ struct db_tail_write {
     uint64_t first_chunk;
     uint32_t digest_count;
 };
-void db_tail_append(struct db_tail *tail, const void *data, uint64_t length,
+void db_tail_append(struct db_tail *tail, const void *data, uint64_t length, void *copy,
                     struct db_tail_write *out, uint64_t *digests);
 /* Bytes that are on the device, and bytes held back after them. */
 uint64_t db_tail_stored(const struct db_tail *tail);

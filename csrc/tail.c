@@ -4,6 +4,7 @@
  * last block back to complete it would cost a read for each write, so its bytes wait here and are
  * written once, with the block that they are part of. */
 
+#include "copy.h"
 #include "counters.h"
 #include "dualblade.h"
 
@@ -85,8 +86,19 @@ void db_tail_reset(struct db_tail *tail, uint64_t stored, const void *chunk)
     check(tail);
 }
 
+/* The checksum of a chunk that nothing was stored of before. */
+static uint64_t whole_chunk(const uint8_t *data, uint64_t length, uint8_t *copy)
+{
+    if (!copy)
+        return db_checksum(data, length);
+    if (db_copy_is_fast()) /* a drive reads the copy from memory, or the kernel much later */
+        return db_copy_checksum(copy, data, length, true);
+    memcpy(copy, data, length);
+    return db_checksum(copy, length);
+}
+
 /* Counts whole blocks as stored, adding the checksum of each chunk that they complete. */
-static void store(struct db_tail *tail, const uint8_t *data, uint64_t length,
+static void store(struct db_tail *tail, const uint8_t *data, uint64_t length, uint8_t *copy,
                   struct db_tail_write *out, uint64_t *digests)
 {
     assert(length % DB_BLOCK_BYTES == 0);
@@ -94,21 +106,30 @@ static void store(struct db_tail *tail, const uint8_t *data, uint64_t length,
         uint64_t room = tail->chunk_bytes - tail->stored % tail->chunk_bytes;
         uint64_t part = length < room ? length : room;
 
-        XXH3_64bits_update(&tail->state, data, part);
+        if (part == tail->chunk_bytes) {
+            digests[out->digest_count++] = whole_chunk(data, part, copy);
+        } else {
+            if (copy)
+                memcpy(copy, data, part);
+            XXH3_64bits_update(&tail->state, data, part);
+            if (part == room) {
+                digests[out->digest_count++] = XXH3_64bits_digest(&tail->state);
+                XXH3_64bits_reset(&tail->state);
+            }
+        }
         tail->stored += part;
         data += part;
+        if (copy)
+            copy += part;
         length -= part;
-        if (part == room) {
-            digests[out->digest_count++] = XXH3_64bits_digest(&tail->state);
-            XXH3_64bits_reset(&tail->state);
-        }
     }
 }
 
-void db_tail_append(struct db_tail *tail, const void *data, uint64_t length,
+void db_tail_append(struct db_tail *tail, const void *data, uint64_t length, void *copy,
                     struct db_tail_write *out, uint64_t *digests)
 {
     const uint8_t *bytes = data;
+    uint8_t *copied = copy;
     uint64_t stored_before = tail->stored;
     uint64_t used = 0;
 
@@ -120,6 +141,8 @@ void db_tail_append(struct db_tail *tail, const void *data, uint64_t length,
     if (length < DB_BLOCK_BYTES - tail->held) {
         if (length > 0)
             memcpy(tail->blocks[tail->current] + tail->held, bytes, length);
+        if (copied && length > 0)
+            memcpy(copied, bytes, length);
         tail->held += (uint32_t)length;
         return;
     }
@@ -128,19 +151,23 @@ void db_tail_append(struct db_tail *tail, const void *data, uint64_t length,
 
         used = DB_BLOCK_BYTES - tail->held;
         memcpy(block + tail->held, bytes, used);
+        if (copied)
+            memcpy(copied, bytes, used);
         out->head = block;
         out->head_offset = tail->stored;
-        store(tail, block, DB_BLOCK_BYTES, out, digests);
+        store(tail, block, DB_BLOCK_BYTES, NULL, out, digests);
         tail->current ^= 1;
     }
     out->body_bytes = (length - used) / DB_BLOCK_BYTES * DB_BLOCK_BYTES;
     if (out->body_bytes > 0) {
         out->body_offset = tail->stored;
         out->body_start = used;
-        store(tail, bytes + used, out->body_bytes, out, digests);
+        store(tail, bytes + used, out->body_bytes, copied ? copied + used : NULL, out, digests);
         used += out->body_bytes;
     }
     hold(tail, bytes + used, (uint32_t)(length - used));
+    if (copied && length > used)
+        memcpy(copied + used, bytes + used, length - used);
     if (tail->stored % tail->chunk_bytes != 0)
         digests[out->digest_count++] = XXH3_64bits_digest(&tail->state);
 

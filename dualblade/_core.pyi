@@ -160,8 +160,9 @@ class Tail:
 
     def __init__(self, chunk_bytes: int) -> None: ...
     def reset(self, stored: int, chunk: BufferProtocol) -> None: ...
-    def append(self, data: BufferProtocol) -> TailWrite:
-        """Takes data in; says what is to be written now. Offsets are relative to the run."""
+    def append(self, data: BufferProtocol, copy: BufferProtocol | None = None) -> TailWrite:
+        """Takes data in; says what is to be written now. Offsets are relative to the run. With
+        `copy`, memory of the same length, data is copied there and requests are of the copy."""
     def block(self) -> memoryview:
         """The bytes held back, padded with zeros to a block."""
 

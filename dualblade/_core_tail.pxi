@@ -124,28 +124,39 @@ cdef class Tail:
         finally:
             PyBuffer_Release(&view)
 
-    def append(self, data):
+    def append(self, data, copy=None):
         """Takes data in; says what is to be written now. Offsets are relative to the run.
 
         A request's memory is the caller's own or the tail's; write the requests and wait before
-        the next append() or reset(), which raise RuntimeError while that write is in flight."""
+        the next append() or reset(), which raise RuntimeError while that write is in flight. With
+        `copy`, memory of the same length, data is copied there and requests are of the copy."""
+        cdef Py_buffer view
+        _export(data, &view, PyBUF_SIMPLE, "data")
+        try:
+            return self._append(&view, data if copy is None else copy, copy is not None)
+        finally:
+            PyBuffer_Release(&view)
+
+    cdef object _append(self, Py_buffer *data, object kept, bint is_copied):
         cdef _Span body = _Span.__new__(_Span)
         cdef _Head head
         cdef db_tail_write out
-        cdef uint64_t *digests_at
-        _export(data, &body.owner, PyBUF_SIMPLE, "data")
-        cdef uint64_t length = body.owner.len
+        cdef uint64_t length = data.len
+        _export(kept, &body.owner, PyBUF_WRITABLE if is_copied else PyBUF_SIMPLE, "copy")
+        if body.owner.len != data.len:
+            raise ValueError(f"copy must hold the {data.len} bytes of data, got {body.owner.len}")
+        cdef void *copy = body.owner.buf if is_copied else NULL
         digests = np.empty(length // self.chunk_bytes + 2 if self.chunk_bytes else 2, np.uint64)
-        digests_at = <uint64_t *><uintptr_t>digests.ctypes.data
+        cdef uint64_t *digests_at = <uint64_t *><uintptr_t>digests.ctypes.data
         self._check_free()
         self.version += 1
         if length > NOGIL_BYTES:
             self.busy = True
             with nogil:
-                db_tail_append(self.tail, body.owner.buf, length, &out, digests_at)
+                db_tail_append(self.tail, data.buf, length, copy, &out, digests_at)
             self.busy = False
         else:
-            db_tail_append(self.tail, body.owner.buf, length, &out, digests_at)
+            db_tail_append(self.tail, data.buf, length, copy, &out, digests_at)
         requests = []
         if out.head != NULL:
             head = _Head.__new__(_Head)

@@ -169,8 +169,8 @@ cdef extern from "dualblade.h" nogil:
     int db_tail_open(uint32_t chunk_bytes, db_tail **out) noexcept
     void db_tail_close(db_tail *tail) noexcept
     void db_tail_reset(db_tail *tail, uint64_t stored, const void *chunk) noexcept
-    void db_tail_append(db_tail *tail, const void *data, uint64_t length, db_tail_write *out,
-                        uint64_t *digests) noexcept
+    void db_tail_append(db_tail *tail, const void *data, uint64_t length, void *copy,
+                        db_tail_write *out, uint64_t *digests) noexcept
     uint64_t db_tail_stored(const db_tail *tail) noexcept
     uint32_t db_tail_held(const db_tail *tail) noexcept
     const void *db_tail_block(const db_tail *tail) noexcept

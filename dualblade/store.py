@@ -169,21 +169,28 @@ class TensorStore(Saving, Views, Parts):
                     return
             can_leave = self._make_way(growth)
 
-    def append_many_async(self, rows: Mapping[str, Any]) -> Ticket:
+    def append_many_async(
+        self, rows: Mapping[str, Any], copies: Mapping[str, Any] | None = None
+    ) -> Ticket:
         """Starts an append_many. The rows' memory must stay as it is until the ticket is done.
+
+        With `copies`, contiguous memory as large as the rows of each key, that memory must: the
+        rows are copied there as their checksums are taken, and are the caller's again at once.
 
         Whatever is done with one of the keys next waits for it. An error is raised by the ticket
         alone, and then nothing was appended to any of them.
         """
         can_leave = True
         while True:
-            started = self._start_append(rows, is_forced=not can_leave)
+            started = self._start_append(rows, copies or {}, is_forced=not can_leave)
             if isinstance(started, Ticket):
                 return started
             can_leave = self._make_way(started)
 
     @inside
-    def _start_append(self, rows: Mapping[str, Any], *, is_forced: bool) -> Ticket | dict[str, int]:
+    def _start_append(
+        self, rows: Mapping[str, Any], copies: Mapping[str, Any], *, is_forced: bool
+    ) -> Ticket | dict[str, int]:
         """The ticket; or the growth for which the memory budget has no room."""
         operation = Operation(is_appending=True)
         completions: list[_core.Completion] = []
@@ -201,7 +208,7 @@ class TensorStore(Saving, Views, Parts):
             growth = self._claim(entries, parts, is_forced=is_forced)
             if growth:
                 return growth
-            writes, found = self._plan_append(entries, parts)
+            writes, found = self._plan_append(entries, parts, copies)
             ends += found
             self._start_parts(writes, completions, id(operation))
             # The mapping is the caller's, who may empty it at once.

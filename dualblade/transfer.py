@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -338,10 +339,13 @@ class EntryTransfer(EntryAccess):
         self._end_append(ends)
 
     def _plan_append(
-        self, entries: list[Entry], parts: list[tensor.Tensor]
+        self,
+        entries: list[Entry],
+        parts: list[tensor.Tensor],
+        copies: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[list[tuple[Entry, Request]], list[AppendEnd]]:
         """What has to be written to append rows, and what is true when it has been: readers see
-        the rows after `_end_append()` of that."""
+        the rows after `_end_append()` of that. It is written from `copies` where there are any."""
         with self._lock:
             self._index.mark_dirty(self._catalog)
         writes, ends = [], []
@@ -349,7 +353,7 @@ class EntryTransfer(EntryAccess):
             # Taken from the entry until all is well: what is stored is not touched, and after an
             # error or an interrupt the next append finds again where to go on.
             tail, entry.tail = self._tail_of(entry), None
-            tail_write = tail.append(part.data)
+            tail_write = tail.append(part.data, copies.get(entry.key))
             for offset, data in tail_write.requests:
                 writes.append((entry, (entry.offset + offset, data)))
             checksums = entry.checksums

@@ -67,28 +67,37 @@ class WriteBehind:
             return
         first, count = layer.tokens, len(rows[0])
         writing = _Writing([], [], first, first + count, size_bytes)
-        for which, new in enumerate(rows):
-            if new.nbytes < STAGED_BYTES:
-                writing.rows.append(new.copy())
-            else:
-                writing.rows.append(self._copy(layer, which, new, writing.lent))
-        if not writing.lent and not any(each.lent for each in self._under_way.values()):
-            self._stage = None  # prefill is over, and single tokens need none
-        writing.ticket = self._store.append_many_async(
-            dict(zip(layer.keys, writing.rows, strict=True))
-        )
+        given: dict[str, Array] = {}
+        copies: dict[str, Array] = {}
+        try:
+            for which, (key, new) in enumerate(zip(layer.keys, rows, strict=True)):
+                if new.nbytes < STAGED_BYTES:
+                    given[key] = kept = new.copy()
+                else:
+                    kept = self._room(layer, which, new, writing.lent)
+                    if new.flags.c_contiguous:
+                        given[key], copies[key] = new, kept.reshape(-1).view(np.uint8)
+                    else:
+                        np.copyto(kept, new)
+                        given[key] = kept
+                writing.rows.append(kept)
+            if not writing.lent and not any(each.lent for each in self._under_way.values()):
+                self._stage = None  # prefill is over, and single tokens need none
+            writing.ticket = self._store.append_many_async(given, copies)
+        except BaseException:
+            if self._stage is not None:
+                self._stage.take_back(writing.lent)
+            raise
         self._under_way[layer] = writing
 
-    def _copy(self, layer: Layer, which: int, rows: Array, lent: list[tuple[int, int]]) -> Array:
-        """A copy of rows that begins as far into a block as it is stored, so that direct I/O needs
-        no other. It notes what it takes of the stage in `lent`."""
+    def _room(self, layer: Layer, which: int, rows: Array, lent: list[tuple[int, int]]) -> Array:
+        """Memory for a copy of rows that begins as far into a block as it is stored, so that direct
+        I/O needs no other. It notes what it takes of the stage in `lent`."""
         if self._stage is None:
             self._stage = _Stage()
         lead = layer.tokens * layer.row_bytes(which) % BLOCK_BYTES
         memory = self._stage.lend(lead + rows.nbytes, lent)
-        copy = np.ndarray(rows.shape, tensor.numpy_dtype(layer.dtype), memory, lead)
-        np.copyto(copy, rows)
-        return copy
+        return np.ndarray(rows.shape, tensor.numpy_dtype(layer.dtype), memory, lead)
 
     def _forget(self, layer: Layer) -> None:
         writing = self._under_way.pop(layer)

@@ -77,7 +77,14 @@ static void append(struct run *run, uint64_t length, uint64_t *random)
         data[i] = (uint8_t)check_random(random);
     memcpy(run->bytes + run->length, data, length);
     run->length += length;
-    db_tail_append(run->tail, data, length, &write, digests);
+    bool is_copied = check_random_below(random, 2) == 0;
+    uint8_t *copy = is_copied ? malloc(length) : NULL;
+    db_tail_append(run->tail, data, length, copy, &write, digests);
+    if (is_copied) {
+        CHECK(memcmp(copy, data, length) == 0);
+        free(data);
+        data = copy;
+    }
 
     uint64_t now_stored = db_tail_stored(run->tail);
     CHECK_EQUAL(write.first_chunk, stored / run->chunk_bytes);
@@ -186,7 +193,7 @@ static void test_empty_append(void)
     struct db_tail_write write;
 
     CHECK_EQUAL(db_tail_open(8192, &tail), 0);
-    db_tail_append(tail, NULL, 0, &write, NULL);
+    db_tail_append(tail, NULL, 0, NULL, &write, NULL);
     CHECK(write.head == NULL);
     CHECK_EQUAL(write.body_bytes, 0);
     CHECK_EQUAL(write.digest_count, 0);

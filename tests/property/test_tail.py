@@ -36,13 +36,19 @@ class Run:
             self.digests[write.first_chunk :] = write.digests.tolist()
 
 
-@given(st.lists(sizes, max_size=12), st.data())
-def test_appends_make_the_run(lengths: list[int], data: st.DataObject) -> None:
+@given(st.lists(st.tuples(sizes, st.booleans()), max_size=12), st.data())
+def test_appends_make_the_run(appends: list[tuple[int, bool]], data: st.DataObject) -> None:
     tail, run = Tail(CHUNK), Run()
-    everything = content(sum(lengths))
+    everything = content(sum([length for length, _ in appends]))
     at = 0
-    for length in lengths:
-        run.apply(tail.append(everything[at : at + length]))
+    for length, is_copied in appends:
+        new = everything[at : at + length].copy()
+        copy = np.empty(length, np.uint8) if is_copied else None
+        write = tail.append(new, copy)
+        if copy is not None:
+            assert np.array_equal(copy, new)
+            new[:] = 0  # the caller's again
+        run.apply(write)
         at += length
         whole = everything[:at].tobytes()
         assert run.stored == whole[: len(run.stored)]
@@ -98,5 +104,9 @@ def test_bad_arguments() -> None:
         tail.reset(CHUNK + BLOCK_BYTES, b"few")
     with pytest.raises(ValueError, match="contiguous"):
         tail.append(np.zeros((4, 4))[:, 0])
+    with pytest.raises(ValueError, match="copy must hold the 5 bytes of data, got 4"):
+        tail.append(b"12345", bytearray(4))
+    with pytest.raises(ValueError, match="writable"):
+        tail.append(b"12345", b"12345")
     with pytest.raises(TypeError, match="buffer protocol"):
         tail.append("text")

@@ -469,6 +469,25 @@ def test_the_mapping_of_an_append_is_the_callers_at_once(store: dualblade.Tensor
     np.testing.assert_array_equal(store.get("v"), np.concatenate([row, row]))
 
 
+def test_rows_with_copies_are_the_callers_at_once(slow: Any) -> None:
+    device, store = slow
+    store.reserve_many(dict.fromkeys("kv", ((64, 4096), "uint8")))
+    device.add_rule("write", "hold")
+    rows, kept = noise(40 * 4096).reshape(40, 4096), noise(40 * 4096).reshape(40, 4096)
+    given = rows.copy()
+    copies = {"k": dualblade.aligned_empty(given.nbytes, np.uint8)}
+    ticket = store.append_many_async({"k": given, "v": kept}, copies)
+    given[:] = 0
+    device.wait_held(1)
+    device.release()
+    assert ticket.result(TIMEOUT_S) is None
+    np.testing.assert_array_equal(store.get("k"), rows)
+    np.testing.assert_array_equal(store.get("v"), kept)
+    with pytest.raises(ValueError, match="copy must hold"):
+        store.append_many_async({"k": rows[:1]}, copies)
+    np.testing.assert_array_equal(store.get("k"), rows)
+
+
 @pytest.mark.parametrize("live", [False, True])
 def test_an_append_through_the_page_cache(path: Path, live: bool) -> None:
     with dualblade.open(path, size="64MiB", live=live) as store:
