@@ -345,19 +345,23 @@ class Watching(Rebinding):
             return
         self._settle_finished()  # appends that nobody has waited for hold their groups
         until_s = begin_s + FILL_S
-        sizes = {group.name: 0 if group.is_empty else group.size_bytes for group in found.candidates}
+        for name in moves.to_direct:
+            if time.perf_counter() > until_s:
+                return
+            if self._move_if_idle(name, "direct", found.members.get(name, ())):
+                self._moves["direct"] += 1
+                self._moved_s = now_s
+        sizes = {each.name: each.size_bytes for each in found.candidates if not each.is_empty}
         returned_bytes = 0
-        for path, names in (("direct", moves.to_direct), ("pagecache", moves.to_pagecache)):
-            for name in names:
-                if time.perf_counter() > until_s or returned_bytes >= budget // RETURN_PART:
-                    return
-                if self._move_if_idle(name, path, found.members.get(name, ())):
-                    self._moves[path] += 1
-                    self._moved_s = now_s
-                    if path == "pagecache":
-                        returned_bytes += sizes[name]
-                    if path == "pagecache" and not swaps:
-                        governor.came_back(now_s)
+        for name in moves.to_pagecache:
+            if time.perf_counter() > until_s or returned_bytes >= budget // RETURN_PART:
+                return
+            if self._move_if_idle(name, "pagecache", found.members.get(name, ())):
+                self._moves["pagecache"] += 1
+                self._moved_s = now_s
+                returned_bytes += sizes.get(name, 0)
+                if not swaps:
+                    governor.came_back(now_s)
 
     def _pass_on_freed(self) -> None:
         """Hands what was freed to the thread that drops it from the page cache."""
