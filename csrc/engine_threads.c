@@ -145,6 +145,18 @@ static enum db_fill fill_and_copy(struct worker *worker, struct db_request *requ
     return found;
 }
 
+/* The same for what is on its way. A plain read would have more read behind a piece that has come
+ * by a fault, as splice() does: see db_pin_take(). */
+static bool wait_and_copy(struct worker *worker, struct db_request *request)
+{
+    const struct db_engine_config *config = &worker->engine->config;
+    if (copy_from_window(worker, request))
+        return true;
+    return config->windows && request->begun_bytes == 0 && request->length >= WINDOW_LEAST_BYTES &&
+           db_window_await(config->windows[request->file], request->offset, request->length) &&
+           copy_from_window(worker, request);
+}
+
 /* False: the request is begun, and its thread may do something else meanwhile. */
 static bool begin(struct worker *worker, struct db_request *request)
 {
@@ -167,7 +179,7 @@ static bool move_bytes(struct worker *worker, struct db_request *request, bool i
     struct db_engine *engine = worker->engine;
     if (!is_begun && !begin(worker, request))
         return false;
-    if (is_begun && !copy_from_window(worker, request))
+    if (is_begun && !wait_and_copy(worker, request))
         move_rest(request);
     engine->config.after(request, engine->config.context);
     return true;

@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 enum {
@@ -214,6 +215,29 @@ enum db_fill db_window_fill(struct db_window *window, uint64_t offset, uint64_t 
     return found;
 }
 
+bool db_window_await(struct db_window *window, uint64_t offset, uint64_t length)
+{
+#ifdef MADV_POPULATE_READ
+    if (!window->start)
+        return false;
+    uint64_t first = offset / PAGE_BYTES * PAGE_BYTES;
+    uint64_t end = (offset + length + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
+    struct db_cached found = {0};
+    if (db_cached_count(window->fd, first, end - first, &found) < 0 ||
+        found.resident_bytes < end - first)
+        return false;
+    void *start = (uint8_t *)window->start + first;
+    int rc = madvise(start, end - first, MADV_POPULATE_READ);
+    note_mapped(window, offset, length);
+    return rc == 0;
+#else
+    (void)window;
+    (void)offset;
+    (void)length;
+    return false;
+#endif
+}
+
 /* ---- pins ------------------------------------------------------------------------------------ */
 
 void db_pin_open(struct db_pin *pin, bool is_wanted)
@@ -236,7 +260,7 @@ void db_pin_close(struct db_pin *pin)
     pin->ends[0] = pin->ends[1] = pin->nowhere = -1;
 }
 
-/* splice() of what is not there would wait for the drive, a few pages at a time. */
+/* What is not there would be waited for, and more than was asked for would come with it. */
 static bool is_resident(const uint8_t *bytes, uint64_t length)
 {
     unsigned char pages[PIN_PAGES];
@@ -259,14 +283,17 @@ const void *db_pin_take(struct db_pin *pin, struct db_window *window, uint64_t o
     assert(offset <= window->length && length <= window->length - offset);
     if (!is_resident(window->start + offset, length))
         return NULL;
-    off_t at = (off_t)offset;
-    for (uint64_t left = length; left > 0;) {
-        ssize_t taken = splice(window->fd, &at, pin->ends[1], NULL, left, SPLICE_F_NONBLOCK);
+    /* Not splice() of the file: where that meets a piece that came by a fault, it has the kernel
+     * read on from there, as far as the file goes. */
+    struct iovec left = {(void *)(window->start + offset), length};
+    while (left.iov_len > 0) {
+        ssize_t taken = vmsplice(pin->ends[1], &left, 1, SPLICE_F_NONBLOCK);
         if (taken <= 0) { /* the plain read says what it is */
             db_pin_give(pin);
             return NULL;
         }
-        left -= (uint64_t)taken;
+        left.iov_base = (uint8_t *)left.iov_base + taken;
+        left.iov_len -= (size_t)taken;
         pin->held_bytes += (uint64_t)taken;
     }
     note_mapped(window, offset, length);

@@ -3,7 +3,7 @@
  * A read(2) copies page by page in the kernel, into the processor's cache, and its bytes are then
  * read again for their checksum. From memory both are one pass (copy.h). What must not happen is a
  * page fault that cannot be served, which is SIGBUS: so a range is only copied while its pages are
- * *pinned*, by splice(2) into a pipe, which takes references of them. What is pinned can't be
+ * *pinned*, by vmsplice(2) into a pipe, which takes references of them. What is pinned can't be
  * reclaimed, and has been read without an error. */
 #ifndef DUALBLADE_WINDOW_H
 #define DUALBLADE_WINDOW_H
@@ -46,6 +46,10 @@ enum db_fill {
 };
 enum db_fill db_window_fill(struct db_window *window, uint64_t offset, uint64_t length,
                             uint64_t run_start, uint64_t run_end);
+
+/* Waits for what of a range is on its way into the page cache, without having more read; false if
+ * some of it is not, or is not known to be. */
+bool db_window_await(struct db_window *window, uint64_t offset, uint64_t length);
 
 /* For one thread, one range at a time. */
 struct db_pin {

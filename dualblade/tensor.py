@@ -273,7 +273,7 @@ def as_rows(array: Any, row_shape: tuple[int, ...], dtype: str) -> Tensor:
 
 
 def _describe_numpy(array: Any) -> Tensor:
-    if isinstance(array, np.ma.MaskedArray):
+    if _is_masked(array):
         raise TypeError(
             "a masked array would lose its mask; store array.filled(value), or array.data and "
             "array.mask as two tensors"
@@ -282,6 +282,12 @@ def _describe_numpy(array: Any) -> Tensor:
     tag = _tag_of_numpy(plain.dtype)
     flat, copied = _flat_bytes(plain)
     return Tensor(memoryview(flat), plain.shape, tag, array, copied)
+
+
+def _is_masked(array: Any) -> bool:
+    # Only who has imported numpy.ma has any, and that takes ten milliseconds.
+    masked = sys.modules.get("numpy.ma")
+    return masked is not None and isinstance(array, masked.MaskedArray)
 
 
 def _flat_bytes(array: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], bool]:
@@ -534,7 +540,7 @@ def _check_out(
 
 
 def _writable_numpy(out: np.ndarray[Any, Any], shape: tuple[int, ...], dtype: str) -> memoryview:
-    if isinstance(out, np.ma.MaskedArray):
+    if _is_masked(out):
         raise TypeError("out= is a masked array; pass out.data, and its mask stays as it is")
     _check_out(out.shape, _tag_of_numpy(out.dtype), shape, dtype)
     if not out.flags.writeable:

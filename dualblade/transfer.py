@@ -18,7 +18,7 @@ from dualblade.access import EntryAccess, Operation
 from dualblade.catalog import Catalog
 from dualblade.doubts import Doubts
 from dualblade.entry import CHECKSUM_BYTES, Entry, ReadPlan, footprint_of, take_checksums
-from dualblade.errors import CorruptionError, DeviceError, device_error
+from dualblade.errors import CorruptionError, DeviceError, UnsupportedError, device_error
 from dualblade.index import Index
 from dualblade.paths import Request, open_paths
 from dualblade.residency import PathName, Residency
@@ -60,6 +60,8 @@ class EntryTransfer(EntryAccess):
         """Where there is one, it is told of all that is written into the page cache."""
         self._dirty_waits = 0
         """How often a writer had to wait for what is dirty."""
+        self._past_bytes = 0
+        """Of page-cached entries, written past the page cache."""
         self._verify = verify
         self._corruptions = 0
 
@@ -217,7 +219,10 @@ class EntryTransfer(EntryAccess):
     ) -> None:
         """Starts writing parts of entries; adds to `completions` as it goes. Once they are over,
         however they end, the write-back is to be told of this writer."""
-        for name, members in self._by_path(writes).items():
+        by_path = self._by_path(writes)
+        through, past = self._part_by_pace(by_path["pagecache"])
+        by_path |= {"pagecache": through, "direct": by_path["direct"] + past}
+        for name, members in by_path.items():
             requests = [request for _, request in members]
             if not requests:
                 continue
@@ -229,6 +234,32 @@ class EntryTransfer(EntryAccess):
             for part in parts_of(requests, self._write_back.part_bytes):
                 self._admit(writer, blocks_of(part), completions)
                 completions.append(self._paths[name].write(part, None))
+
+    def _part_by_pace(
+        self, members: list[tuple[Entry, Request]]
+    ) -> tuple[list[tuple[Entry, Request]], list[tuple[Entry, Request]]]:
+        """Of writes to page-cached entries, those that go through the page cache, and those that go
+        past it: whole prompts that come faster than they could be written back. They are read
+        from the device the first time, and kept from then on."""
+        write_back = self._write_back
+        is_long = any(len(data) >= RUN_BYTES for _, (_, data) in members)
+        if write_back is None or not (is_long and self._device.info.direct):
+            return members, []
+        if not write_back.is_behind():
+            return members, []
+        through, past = [], []
+        for entry, (offset, data) in members:
+            is_past = len(data) >= RUN_BYTES and self._is_cold(offset, len(data))
+            (past if is_past else through).append((entry, (offset, data)))
+        self._past_bytes += sum([len(data) for _, (_, data) in past])
+        return through, past
+
+    def _is_cold(self, offset: int, length: int) -> bool:
+        """Whether the page cache has nothing of a range, as far as that is known."""
+        try:
+            return self._device.cached_bytes(offset, length)[0] == 0
+        except UnsupportedError:
+            return False
 
     def _read_bytes(
         self,

@@ -444,6 +444,7 @@ class Watching(Rebinding):
             "dirty_bytes": write_back.dirty_bytes if write_back else 0,
             "dirty_most_bytes": write_back.most_bytes if write_back else 0,
             "dirty_waits": self._dirty_waits,
+            "written_past_bytes": self._past_bytes,
             "problems": self._problems + (write_back.errors if write_back else 0),
             "last_problem": self._last_problem,
         }

@@ -32,6 +32,10 @@ UNDER_WAY_BYTES = 32 << 20
 meanwhile do not wait behind more."""
 NOTES_MAX = 256
 """So many notes may lie there before the thread is woken for them."""
+BEHIND_BYTES = 16 << 20
+"""With more than this dirty, or half of what may be, it comes faster than it is written back."""
+BEHIND_S = 0.1
+"""And that is taken to go on for so long after the last time that somebody asked."""
 PART_BYTES = 8 << 20
 """Of a large write so much at most is made dirty at a time, and half of what may be."""
 ADMIT_LOOK_S = 0.05
@@ -125,6 +129,7 @@ class WriteBack:
         thread must not keep alive."""
         self._admitted_bytes = self._noted_bytes = self._under_way_bytes = 0
         """Of these; of the notes; of what was started and is not known to be over."""
+        self._behind_until_s = float("-inf")
         self.errors = 0
         """How often the device refused. flush() of the device tells why."""
         self.most_bytes = 0
@@ -178,6 +183,18 @@ class WriteBack:
     def part_bytes(self) -> int:
         """How much should be written at a time: while it is, what came before is written back."""
         return min(PART_BYTES, max(self.limit_bytes // 2, DIRTY_LEAST_BYTES))
+
+    def is_behind(self) -> bool:
+        """Whether what is written into the page cache comes faster than it is written back: then
+        writers that have a way past it do better to take it, all of them until there is a pause.
+        Some on each way are slower than all on either: those through the page cache hold a file's
+        lock while they copy."""
+        now_s = time.monotonic()
+        limit_bytes = min(BEHIND_BYTES, self.limit_bytes // 2)
+        if now_s >= self._behind_until_s and self.dirty_bytes <= limit_bytes:
+            return False
+        self._behind_until_s = now_s + BEHIND_S
+        return True
 
     def admit(self, writer: object, ranges: Sequence[tuple[int, int]]) -> bool:
         """Whether these ranges, `(offset, length)`, may be written into the page cache now: then

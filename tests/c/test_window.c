@@ -113,6 +113,15 @@ static void test_fill(void)
     CHECK_EQUAL(resident_bytes(0, 2 * MIB), 0);
     CHECK_EQUAL(resident_bytes(2 * MIB, 2 * MIB), 2 * MIB);
     CHECK_EQUAL(db_window_bytes(), 2 * MIB);
+    db_window_drop(&window, 0, FILE_BYTES);
+    drop(0, FILE_BYTES);
+    /* Who looks at it has nothing read behind it. */
+    CHECK_EQUAL(db_window_fill(&window, 0, MIB, 0, 2 * MIB), DB_FILL_DONE);
+    CHECK(db_window_await(&window, 0, 2 * MIB));
+    CHECK(!db_window_await(&window, MIB, MIB + PAGE));
+    CHECK(take(0, DB_PIN_BYTES) != NULL);
+    db_pin_give(&pin);
+    CHECK_EQUAL(resident_bytes(2 * MIB, 2 * MIB), 0);
     CHECK_EQUAL(db_window_fill(&window, 2 * MIB - PAGE, 2 * PAGE, 0, FILE_BYTES), DB_FILL_DONE);
     CHECK_EQUAL(memcmp(window.start, bytes, FILE_BYTES), 0);
     CHECK(take(0, DB_PIN_BYTES) != NULL);
