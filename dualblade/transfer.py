@@ -251,6 +251,8 @@ class EntryTransfer(EntryAccess):
         for entry, (offset, data) in members:
             is_past = len(data) >= RUN_BYTES and self._is_cold(offset, len(data))
             (past if is_past else through).append((entry, (offset, data)))
+        # Cut off before, perhaps: what is read of them from now on stays.
+        write_back.reused(blocks_of([request for _, request in past]))
         self._past_bytes += sum([len(data) for _, (_, data) in past])
         return through, past
 

@@ -62,6 +62,29 @@ def test_a_prompt_goes_past_and_stays_once_it_was_read(path: Path) -> None:
         assert store.check() == []
 
 
+@pytest.mark.usefixtures("behind")
+def test_a_prompt_in_place_of_one_that_was_cut_off_stays_once_it_was_read(path: Path) -> None:
+    with dualblade.open(path, size="256MiB", memory="128MiB") as store:
+        if not store._device.info.direct:
+            pytest.skip("there is no direct path here")
+        store.reserve("x", (16 * MIB,), "uint8")
+        everything = noise(9 * MIB)
+        for start in (0, MIB):
+            store.append("x", everything[start : start + MIB])
+        store.append("x", everything[2 * MIB :])
+        assert store._watcher is not None
+        store._watcher.stop()  # nobody wakes the thread that drops what is freed, but for below
+        store.truncate("x", MIB)
+        store.append("x", everything[MIB:])
+        assert past_bytes(store) == 16 * MIB
+        np.testing.assert_array_equal(store.get("x"), everything)
+        store.flush()  # returns when the thread has taken its notes
+        for _ in range(3):  # notes are taken only after what came before them is dropped
+            store.truncate("x", 9 * MIB)
+            store.flush()
+        assert resident_bytes(store, "x") == 9 * MIB
+
+
 def test_a_prompt_that_comes_slowly_does_not(path: Path) -> None:
     with dualblade.open(path, size="256MiB", memory="128MiB") as store:
         store.reserve("x", (8 * MIB,), "uint8")
