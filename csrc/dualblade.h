@@ -235,12 +235,13 @@ void db_tail_close(struct db_tail *tail);
  * the stored bytes of the chunk begun before it (stored % chunk_bytes of them; NULL if none). */
 void db_tail_reset(struct db_tail *tail, uint64_t stored, const void *chunk);
 /* Appends data; with `copy`, memory of the same length, leaves a copy there, made while the
- * checksums are taken. Says what is to be written now as up to two runs: *head (one block, owned by the
- * tail and valid until the next call; head_offset) and the part of data that fills whole blocks
- * (body_offset on the run, body_start in data and in the copy, body_bytes). From here on these count as stored.
- * digests gets the checksum of every chunk that gained stored bytes, from first_chunk on, which is
- * the one that the first of them went to; the last one ends where the stored bytes do. They are
- * digest_count, at most length / chunk_bytes + 2, and none if everything was held back. */
+ * checksums are taken. Says what is to be written now as up to two runs: *head (one block, owned by
+ * the tail and valid until the next call; head_offset) and the part of data that fills whole
+ * blocks (body_offset on the run, body_start in data and in the copy, body_bytes). From here on
+ * these count as stored. digests gets the checksum of every chunk that gained stored bytes, from
+ * first_chunk on, which is the one that the first of them went to; the last one ends where the
+ * stored bytes do. They are digest_count, at most length / chunk_bytes + 2, and none if everything
+ * was held back. */
 struct db_tail_write {
     const void *head;
     uint64_t head_offset;

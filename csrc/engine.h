@@ -49,8 +49,6 @@ struct db_request {
     bool prepared; /* a write's checksums are taken; a read's have been compared */
     bool busy;
 
-    /* engine_threads.c: of the file, what is being read around this piece; 0, 0: nothing is known */
-    uint64_t run_start, run_end;
     uint32_t begun_bytes; /* engine_threads.c: moved so far of a read that met a gap */
     uint32_t sent_bytes, left_bytes; /* engine_nvme.c: in commands; of these, not done */
     struct iocb iocb;                /* engine_aio.c */
@@ -74,6 +72,9 @@ struct db_engine_config {
      * from where they are in memory, and sets its result. after() is called all the same. */
     struct db_window *const *windows;
     void (*copy)(struct db_request *request, const void *from, void *context);
+    /* Of the file, what is being read around a piece; false: that is not one run. */
+    bool (*find_run)(const struct db_request *request, uint64_t *start, uint64_t *end,
+                     const void *context);
     void *context;
 };
 

@@ -13,6 +13,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 enum {
@@ -21,6 +22,7 @@ enum {
     READS_IN_ROW_MAX = 16, /* while writes wait */
     /* While reads are begun, whose pages take about as long to come as these to be copied. */
     WRITES_IN_ROW_MAX = 4,
+    FORGET_TRIES = 4,
     WINDOW_LEAST_BYTES = 64 << 10, /* a copy of less is not worth three more system calls */
 };
 
@@ -116,12 +118,20 @@ static bool read_what_is_there(struct db_engine *engine, struct db_request *requ
     return true;
 }
 
+/* Whole pieces that are worth it. */
+static bool may_use_window(const struct db_engine *engine, const struct db_request *request)
+{
+    struct db_window *const *windows = engine->config.windows;
+    return windows && db_window_is_open(windows[request->file]) &&
+           request->length >= WINDOW_LEAST_BYTES && request->begun_bytes == 0 &&
+           request->length == request->user_bytes && request->buffer == request->user;
+}
+
 /* Copies a whole piece from where the page cache has it; false if it does not have all of it. */
 static bool copy_from_window(struct worker *worker, struct db_request *request)
 {
     const struct db_engine_config *config = &worker->engine->config;
-    if (!config->windows || request->length < WINDOW_LEAST_BYTES || request->begun_bytes > 0 ||
-        request->length != request->user_bytes || request->buffer != request->user)
+    if (!may_use_window(worker->engine, request))
         return false;
     struct db_window *window = config->windows[request->file];
     const void *from = db_pin_take(&worker->pin, window, request->offset, request->length);
@@ -136,10 +146,12 @@ static bool copy_from_window(struct worker *worker, struct db_request *request)
 static enum db_fill fill_and_copy(struct worker *worker, struct db_request *request)
 {
     const struct db_engine_config *config = &worker->engine->config;
-    if (!config->windows || request->run_end == 0)
+    uint64_t start, end;
+    if (!may_use_window(worker->engine, request) ||
+        !config->find_run(request, &start, &end, config->context))
         return DB_FILL_NONE;
     enum db_fill found = db_window_fill(config->windows[request->file], request->offset,
-                                        request->length, request->run_start, request->run_end);
+                                        request->length, start, end);
     if (found == DB_FILL_DONE && !copy_from_window(worker, request))
         found = DB_FILL_NONE;
     return found;
@@ -152,7 +164,7 @@ static bool wait_and_copy(struct worker *worker, struct db_request *request)
     const struct db_engine_config *config = &worker->engine->config;
     if (copy_from_window(worker, request))
         return true;
-    return config->windows && request->begun_bytes == 0 && request->length >= WINDOW_LEAST_BYTES &&
+    return may_use_window(worker->engine, request) &&
            db_window_await(config->windows[request->file], request->offset, request->length) &&
            copy_from_window(worker, request);
 }
@@ -170,8 +182,29 @@ static bool begin(struct worker *worker, struct db_request *request)
     if (copy_from_window(worker, request))
         return true;
     enum db_fill found = fill_and_copy(worker, request);
-    return found == DB_FILL_DONE ||
-           (found == DB_FILL_NONE && read_what_is_there(engine, request));
+    if (found == DB_FILL_NONE && !may_use_window(engine, request))
+        return read_what_is_there(engine, request);
+    if (found == DB_FILL_NONE)
+        (void)posix_fadvise(request->fd, (off_t)request->offset, (off_t)request->length,
+                            POSIX_FADV_WILLNEED);
+    return found == DB_FILL_DONE;
+}
+
+/* A plain read. What failed around it is not its error; but as long as another thread looks at that
+ * it can't be forgotten. */
+static void move_for_itself(struct db_engine *engine, struct db_request *request)
+{
+    struct timespec pause = {.tv_nsec = 1000000};
+    move_rest(request);
+    for (int tries = 0; request->result == -EIO && tries < FORGET_TRIES; tries++) {
+        if (!engine->config.windows ||
+            !db_window_forget_failed(engine->config.windows[request->file], request->offset,
+                                     request->length))
+            return;
+        move_rest(request);
+        nanosleep(&pause, NULL);
+        pause.tv_nsec *= 2;
+    }
 }
 
 static bool move_bytes(struct worker *worker, struct db_request *request, bool is_begun)
@@ -180,7 +213,7 @@ static bool move_bytes(struct worker *worker, struct db_request *request, bool i
     if (!is_begun && !begin(worker, request))
         return false;
     if (is_begun && !wait_and_copy(worker, request))
-        move_rest(request);
+        move_for_itself(engine, request);
     engine->config.after(request, engine->config.context);
     return true;
 }

@@ -57,6 +57,15 @@ void db_piece_prepare(struct db_request *request, void *context)
     request->prepared = true;
 }
 
+bool db_piece_find_run(const struct db_request *request, uint64_t *start, uint64_t *end,
+                       const void *context)
+{
+    const struct db_queue *queue = context;
+    *start = request->io->offset;
+    *end = request->io->offset + request->io->length;
+    return queue->config.stripes.member_count == 1;
+}
+
 void db_piece_copy(struct db_request *request, const void *from, void *context)
 {
     const struct db_queue *queue = context;
@@ -198,8 +207,6 @@ static struct db_request *carve(struct db_queue *queue, struct db_batch *batch)
         .staging = staged ? queue->free_slots[--queue->free_slot_count] : NULL,
         .checksums = io->checksums ? io->checksums + chunk : NULL,
         .is_tail = batch->is_tail,
-        .run_start = queue->config.stripes.member_count == 1 ? io->offset : 0,
-        .run_end = queue->config.stripes.member_count == 1 ? io->offset + io->length : 0,
         .size_tag = io->length >= DB_REQUEST_MOST_BYTES ? size->tag : 0,
         .busy = true,
     };

@@ -521,6 +521,7 @@ int db_queue_open(const struct db_queue_config *config, struct db_queue **out)
             .before = db_piece_prepare,
             .after = db_piece_finish,
             .copy = db_piece_copy,
+            .find_run = db_piece_find_run,
             .windows = queue->config.windows,
             .context = queue,
         };

@@ -63,6 +63,8 @@ void db_piece_prepare(struct db_request *request, void *queue);
 void db_piece_finish(struct db_request *request, void *queue);
 /* The same for a read whose bytes are in memory: copies them, and compares checksums meanwhile. */
 void db_piece_copy(struct db_request *request, const void *from, void *queue);
+bool db_piece_find_run(const struct db_request *request, uint64_t *start, uint64_t *end,
+                       const void *queue);
 /* Whether db_piece_finish() has anything to do for this request when it comes. */
 bool db_piece_needs_finish(const struct db_request *request);
 /* Whether it counts as unseen while it is at the device. */

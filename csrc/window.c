@@ -151,15 +151,41 @@ static int64_t mark(struct db_window *window, uint64_t offset, uint64_t length, 
     return changed;
 }
 
+/* Whether a range may be mapped: a fault maps as much as a folio, of which one unit is noted. */
+static bool may_be_mapped(const struct db_window *window, uint64_t offset, uint64_t length)
+{
+    uint64_t unit = offset / FILL_BYTES * (FILL_BYTES / UNIT_BYTES);
+    uint64_t end = (offset + length + FILL_BYTES - 1) / FILL_BYTES * (FILL_BYTES / UNIT_BYTES);
+    if (end > unit_after(window->length))
+        end = unit_after(window->length);
+    while (unit < end) {
+        uint64_t next = (unit / WORD_BITS + 1) * WORD_BITS;
+        const _Atomic uint64_t *word = &window->units[unit / WORD_BITS];
+        if (atomic_load_explicit(word, memory_order_relaxed) &
+            bits_of(unit, end < next ? end : next))
+            return true;
+        unit = next;
+    }
+    return false;
+}
+
+/* What could not be filled may be tried again. */
+static void let_fill(struct db_window *window, uint64_t offset, uint64_t length)
+{
+    for (uint64_t unit = offset / FILL_BYTES; unit * FILL_BYTES < offset + length; unit++)
+        atomic_fetch_and(&window->fills[unit / WORD_BITS], ~(UINT64_C(1) << unit % WORD_BITS));
+}
+
 void db_window_drop(struct db_window *window, uint64_t offset, uint64_t length)
 {
-    if (!window->start || length == 0)
+    if (!window->start || length == 0 || !may_be_mapped(window, offset, length))
         return;
     int64_t units = mark(window, offset, length, false);
-    if (units == 0)
-        return;
-    uint64_t first = offset / UNIT_BYTES * UNIT_BYTES;
-    uint64_t end = unit_after(offset + length) * UNIT_BYTES;
+    if (atomic_load(&window->has_failed))
+        let_fill(window, offset, length);
+    /* All that a fault in the range may have mapped. Who uses the rest of it maps it again. */
+    uint64_t first = offset / FILL_BYTES * FILL_BYTES;
+    uint64_t end = (offset + length + FILL_BYTES - 1) / FILL_BYTES * FILL_BYTES;
     if (end > window->length)
         end = window->length;
     void *start = (uint8_t *)window->start + first;
@@ -176,32 +202,67 @@ static void note_mapped(struct db_window *window, uint64_t offset, uint64_t leng
         count(window, units * UNIT_BYTES);
 }
 
+/* A folio that could not be read is in the way: plain reads would try all of it again, and blame
+ * whatever they are for. */
+bool db_window_forget_failed(struct db_window *window, uint64_t offset, uint64_t length)
+{
+    if (!window->start || !atomic_load(&window->has_failed))
+        return false;
+    uint64_t start = offset / FILL_BYTES * FILL_BYTES;
+    uint64_t end = (offset + length + FILL_BYTES - 1) / FILL_BYTES * FILL_BYTES;
+    (void)posix_fadvise(window->fd, (off_t)start, (off_t)(end - start), POSIX_FADV_DONTNEED);
+    return true;
+}
+
+/* Maps whole pages, and reads those that are not there. */
+static bool populate(struct db_window *window, uint64_t offset, uint64_t length)
+{
+#ifdef MADV_POPULATE_READ
+    int rc = madvise((uint8_t *)window->start + offset, length, MADV_POPULATE_READ);
+    if (rc < 0 && errno == EINVAL) /* before Linux 5.14 */
+        return false;
+    note_mapped(window, offset, length);
+    if (rc < 0)
+        atomic_store(&window->has_failed, true);
+    return rc == 0;
+#else
+    (void)window;
+    (void)offset;
+    (void)length;
+    return false;
+#endif
+}
+
 /* Of a whole aligned unit. The kernel reads all of it at once, and no more; the descriptor that is
  * mapped has no reader whose readahead would go on from there. */
 static enum db_fill fill_unit(struct db_window *window, uint64_t unit)
 {
-#ifdef MADV_POPULATE_READ
     _Atomic uint64_t *word = &window->fills[unit / WORD_BITS];
     uint64_t bit = UINT64_C(1) << unit % WORD_BITS;
     if (atomic_fetch_or(word, bit) & bit)
         return DB_FILL_BUSY;
-    void *start = (uint8_t *)window->start + unit * FILL_BYTES;
-    int rc = madvise(start, FILL_BYTES, MADV_POPULATE_READ);
-    note_mapped(window, unit * FILL_BYTES, FILL_BYTES);
+    /* Around what is there already the kernel makes small ones, of which plain reads of any would
+     * have more read behind them. */
+    struct db_cached there = {0};
+    if (db_cached_count(window->fd, unit * FILL_BYTES, FILL_BYTES, &there) < 0 ||
+        there.resident_bytes > 0) {
+        atomic_fetch_and(word, ~bit);
+        return DB_FILL_NONE;
+    }
+    if (!populate(window, unit * FILL_BYTES, FILL_BYTES)) {
+        /* The bit stays: plain reads say what it is, each for itself. */
+        (void)db_window_forget_failed(window, unit * FILL_BYTES, FILL_BYTES);
+        return DB_FILL_NONE;
+    }
     atomic_fetch_and(word, ~bit);
-    return rc == 0 ? DB_FILL_DONE : DB_FILL_NONE; /* the plain read says what it is */
-#else
-    (void)window;
-    (void)unit;
-    return DB_FILL_NONE;
-#endif
+    return DB_FILL_DONE;
 }
 
 enum db_fill db_window_fill(struct db_window *window, uint64_t offset, uint64_t length,
                             uint64_t run_start, uint64_t run_end)
 {
     enum db_fill found = DB_FILL_NONE;
-    if (!window->start || db_lock_is_shared(window->lock))
+    if (!db_window_is_open(window))
         return found;
     assert(run_end <= window->length && offset + length <= run_end && run_start <= offset);
     for (uint64_t unit = offset / FILL_BYTES; unit * FILL_BYTES < offset + length; unit++) {
@@ -217,25 +278,13 @@ enum db_fill db_window_fill(struct db_window *window, uint64_t offset, uint64_t 
 
 bool db_window_await(struct db_window *window, uint64_t offset, uint64_t length)
 {
-#ifdef MADV_POPULATE_READ
-    if (!window->start)
+    if (!db_window_is_open(window))
         return false;
     uint64_t first = offset / PAGE_BYTES * PAGE_BYTES;
     uint64_t end = (offset + length + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
     struct db_cached found = {0};
-    if (db_cached_count(window->fd, first, end - first, &found) < 0 ||
-        found.resident_bytes < end - first)
-        return false;
-    void *start = (uint8_t *)window->start + first;
-    int rc = madvise(start, end - first, MADV_POPULATE_READ);
-    note_mapped(window, offset, length);
-    return rc == 0;
-#else
-    (void)window;
-    (void)offset;
-    (void)length;
-    return false;
-#endif
+    return db_cached_count(window->fd, first, end - first, &found) == 0 &&
+           found.resident_bytes >= end - first && populate(window, first, end - first);
 }
 
 /* ---- pins ------------------------------------------------------------------------------------ */
@@ -277,8 +326,7 @@ static bool is_resident(const uint8_t *bytes, uint64_t length)
 const void *db_pin_take(struct db_pin *pin, struct db_window *window, uint64_t offset,
                         uint64_t length)
 {
-    if (!window->start || pin->ends[0] < 0 || length > DB_PIN_BYTES ||
-        db_lock_is_shared(window->lock))
+    if (!db_window_is_open(window) || pin->ends[0] < 0 || length > DB_PIN_BYTES)
         return NULL;
     assert(offset <= window->length && length <= window->length - offset);
     if (!is_resident(window->start + offset, length))
@@ -289,6 +337,7 @@ const void *db_pin_take(struct db_pin *pin, struct db_window *window, uint64_t o
     while (left.iov_len > 0) {
         ssize_t taken = vmsplice(pin->ends[1], &left, 1, SPLICE_F_NONBLOCK);
         if (taken <= 0) { /* the plain read says what it is */
+            note_mapped(window, offset, length);
             db_pin_give(pin);
             return NULL;
         }
@@ -296,12 +345,19 @@ const void *db_pin_take(struct db_pin *pin, struct db_window *window, uint64_t o
         left.iov_len -= (size_t)taken;
         pin->held_bytes += (uint64_t)taken;
     }
+    pin->window = window;
+    pin->offset = offset;
+    pin->length = length;
     note_mapped(window, offset, length);
     return window->start + offset;
 }
 
 void db_pin_give(struct db_pin *pin)
 {
+    /* Once more: what was let go of meanwhile, the copy has mapped again. */
+    if (pin->window)
+        note_mapped(pin->window, pin->offset, pin->length);
+    pin->window = NULL;
     while (pin->held_bytes > 0) {
         ssize_t given = splice(pin->ends[0], NULL, pin->nowhere, NULL, pin->held_bytes, 0);
         if (given <= 0 || (uint64_t)given > pin->held_bytes) {

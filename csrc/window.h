@@ -23,6 +23,7 @@ struct db_window {
     _Atomic uint64_t *fills; /* a bit for each unit that a thread is filling */
     size_t bits_length;      /* of both */
     _Atomic uint64_t mapped_bytes;
+    atomic_bool has_failed; /* something could not be filled */
 };
 
 /* The whole of a file, through the descriptor that the lock is of; map_fd is another of the file,
@@ -36,6 +37,12 @@ void db_window_abandon(struct db_window *window);
 /* Lets go of a range, whose pages the kernel would not drop while they are mapped. */
 void db_window_drop(struct db_window *window, uint64_t offset, uint64_t length);
 
+/* Whether there is anything to copy from at this moment. */
+static inline bool db_window_is_open(const struct db_window *window)
+{
+    return window->start && !db_lock_is_shared(window->lock);
+}
+
 /* Reads what is not in the page cache of a range, and of what lies around it in the run that all of
  * is being read: in the largest pieces of memory that the kernel has, which it maps, copies from
  * and reclaims at the cost of a page each. */
@@ -47,6 +54,10 @@ enum db_fill {
 enum db_fill db_window_fill(struct db_window *window, uint64_t offset, uint64_t length,
                             uint64_t run_start, uint64_t run_end);
 
+/* After a read has failed: whether it may be worth another try, since what failed may have been
+ * around it. That is forgotten, and not filled again before it is dropped. */
+bool db_window_forget_failed(struct db_window *window, uint64_t offset, uint64_t length);
+
 /* Waits for what of a range is on its way into the page cache, without having more read; false if
  * some of it is not, or is not known to be. */
 bool db_window_await(struct db_window *window, uint64_t offset, uint64_t length);
@@ -55,6 +66,8 @@ bool db_window_await(struct db_window *window, uint64_t offset, uint64_t length)
 struct db_pin {
     int ends[2], nowhere; /* a pipe's, and /dev/null */
     uint64_t held_bytes;
+    struct db_window *window; /* what is pinned */
+    uint64_t offset, length;
 };
 
 /* Never fails: without its pipe, or where it is not wanted, it pins nothing. */

@@ -242,7 +242,8 @@ class EntryTransfer(EntryAccess):
         past it: whole prompts that come faster than they could be written back. They are read
         from the device the first time, and kept from then on."""
         write_back = self._write_back
-        is_long = any(len(data) >= RUN_BYTES for _, (_, data) in members)
+        # No generator: an interrupt within one is reported, and not raised.
+        is_long = max([len(data) for _, (_, data) in members], default=0) >= RUN_BYTES
         if write_back is None or not (is_long and self._device.info.direct):
             return members, []
         if not write_back.is_behind():

@@ -84,7 +84,7 @@ class WriteBehind:
             if not writing.lent and not any(each.lent for each in self._under_way.values()):
                 self._stage = None  # prefill is over, and single tokens need none
             writing.ticket = self._store.append_many_async(given, copies)
-        except BaseException:
+        except Exception:  # but after an interrupt it may be under way
             if self._stage is not None:
                 self._stage.take_back(writing.lent)
             raise

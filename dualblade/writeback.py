@@ -33,7 +33,7 @@ meanwhile do not wait behind more."""
 NOTES_MAX = 256
 """So many notes may lie there before the thread is woken for them."""
 BEHIND_BYTES = 16 << 20
-"""With more than this dirty, or half of what may be, it comes faster than it is written back."""
+"""With more than this dirty it comes faster than it is written back."""
 BEHIND_S = 0.1
 """And that is taken to go on for so long after the last time that somebody asked."""
 PART_BYTES = 8 << 20
@@ -190,8 +190,7 @@ class WriteBack:
         Some on each way are slower than all on either: those through the page cache hold a file's
         lock while they copy."""
         now_s = time.monotonic()
-        limit_bytes = min(BEHIND_BYTES, self.limit_bytes // 2)
-        if now_s >= self._behind_until_s and self.dirty_bytes <= limit_bytes:
+        if now_s >= self._behind_until_s and self.dirty_bytes <= BEHIND_BYTES:
             return False
         self._behind_until_s = now_s + BEHIND_S
         return True
