@@ -278,6 +278,8 @@ class KVCache:
 
     def _as_rows(self, layer: Layer, which: int, array: Any) -> Array:
         row_shape = layer.row_shape(which)
+        if tensor.fits(array, row_shape, layer.dtype):
+            return array  # type: ignore[no-any-return]
         try:
             rows = tensor.as_rows(array, row_shape, layer.dtype)
         except (TypeError, ValueError) as error:

@@ -260,6 +260,9 @@ def as_rows(array: Any, row_shape: tuple[int, ...], dtype: str) -> Tensor:
 
     Raises ValueError if the array is not [rows, *row_shape], TypeError if its dtype differs.
     """
+    if fits(array, row_shape, dtype):
+        data = memoryview(array.reshape(-1).view(np.uint8))
+        return Tensor(data, array.shape, dtype, array, copied=False)
     rows = describe(array)
     if len(rows.shape) != len(row_shape) + 1 or rows.shape[1:] != tuple(row_shape):
         wanted = ", ".join(["rows", *map(str, row_shape)])
@@ -270,6 +273,18 @@ def as_rows(array: Any, row_shape: tuple[int, ...], dtype: str) -> Tensor:
             f"rows of dtype {rows.dtype} do not fit a tensor of dtype {dtype}; convert them first"
         )
     return rows
+
+
+def fits(array: Any, row_shape: tuple[int, ...], dtype: str) -> bool:
+    """Whether this is what most rows are, numpy's own array in C order of just this shape and dtype
+    tag: there is nothing to convert, nor to say about it."""
+    return (
+        type(array) is np.ndarray
+        and array.shape[1:] == row_shape
+        and array.size > 0
+        and array.flags.c_contiguous
+        and _tag_of_numpy(array.dtype) == dtype
+    )
 
 
 def _describe_numpy(array: Any) -> Tensor:

@@ -48,6 +48,11 @@ class Ticket:
         """Whether `result()` would return at once."""
         return self._is_settled or all(completion.done() for completion in self._completions)
 
+    @property
+    def is_fulfilled(self) -> bool:
+        """Whether it is finished, and `result()` returns."""
+        return self._is_settled and self._error is None
+
     def settle(self, timeout: float | None = None) -> None:
         """Waits and finishes, but keeps an error for `result()`. Raises TimeoutError."""
         if self._is_settled:

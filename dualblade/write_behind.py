@@ -115,6 +115,9 @@ class WriteBehind:
                 self._forget(layer)
 
     def _is_stored(self, layer: Layer, writing: _Writing) -> bool:
+        if writing.ticket.is_fulfilled:
+            return True
+        # An error of an interrupt may have come when all was stored.
         return all(self._store.info(key).rows == writing.stop for key in layer.keys)
 
     def is_busy(self, layer: Layer) -> bool:
@@ -137,10 +140,16 @@ class WriteBehind:
                 self._stage = None  # prefill is over
             return
         writing.ticket.settle()
+        if not writing.ticket.is_fulfilled:
+            self._write_again(layer, writing)
+        self._forget(layer)
+
+    def _write_again(self, layer: Layer, writing: _Writing) -> None:
+        """Writes what is lacking once its ticket is done. Raises what keeps it from that."""
         try:
             writing.ticket.result()
         except (DualbladeError, OSError, KeyboardInterrupt):
-            pass  # of then, as a signal that came meanwhile; what is lacking is written now
+            pass  # of then, as a signal that came meanwhile
         lacking = {
             key: rows
             for key, rows in zip(layer.keys, writing.rows, strict=True)
@@ -148,7 +157,6 @@ class WriteBehind:
         }
         if lacking:
             self._store.append_many(lacking)  # what it raises is of now
-        self._forget(layer)
 
     def settle_all(self) -> None:
         """As settle(), of every layer."""
