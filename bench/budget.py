@@ -93,7 +93,7 @@ class Bench:
 
     def _decode(self, job: Job, child: lockstep.Decode, row: dict[str, Any]) -> None:
         paper_bytes = floor.paper_room(job, child.interpreter_bytes)
-        row["prefill"] = child.ask("prefill", room_bytes=paper_bytes)
+        row["prefills"] = [child.ask("prefill", room_bytes=paper_bytes)]
         for _ in range(self.options.warmup):
             child.ask("step")
         child.ask("settle")
@@ -130,33 +130,55 @@ class Bench:
     def run(self) -> list[dict[str, Any]]:
         """Each policy in turn, under each limit, in each round."""
         options = self.options
-        rows = []
+        rows: list[dict[str, Any]] = []
         begin = time.monotonic()
         plan = [
-            (number, shape, percent, policy)
+            (number, shape, percent)
             for number in range(options.rounds)
             for shape in options.shapes
             for percent in options.budgets
-            for policy in options.policies
         ]
-        for done, (number, shape, percent, policy) in enumerate(plan):
+        for done, (number, shape, percent) in enumerate(plan):
             minutes = (time.monotonic() - begin) / 60
             left = f", {minutes / done * (len(plan) - done):.0f} min left" if done else ""
-            report.progress(
-                f"{done + 1}/{len(plan)}: {shape}, {percent} %, {POLICIES[policy].label}, round "
-                f"{number + 1}; {minutes:.1f} min{left}"
-            )
-            job = self.job(shape, percent, policy)
-            about = {
-                "shape": shape,
-                "percent": percent,
-                "policy": policy,
-                "round": number,
-                "limit_bytes": job.limit_bytes,
-            }
-            rows.append(about | self.measure(job))
+            where = f"{done + 1}/{len(plan)}: {shape}, {percent} %, round {number + 1}"
+            pace = f"{minutes:.1f} min{left}"
+            found = []
+            for policy in options.policies:
+                report.progress(f"{where}, {POLICIES[policy].label}; {pace}")
+                job = self.job(shape, percent, policy)
+                about = {
+                    "shape": shape,
+                    "percent": percent,
+                    "policy": policy,
+                    "round": number,
+                    "limit_bytes": job.limit_bytes,
+                }
+                found.append(about | self.measure(job))
+            for again in range(2, options.prefills + 1):
+                report.progress(f"{where}, prefill {again} of {options.prefills}; {pace}")
+                for row in rivals_in_prefill(found):
+                    self._prefill_again(self.job(shape, percent, row["policy"]), row)
+            rows += found
         report.progress("")
         return rows
+
+    def _prefill_again(self, job: Job, row: dict[str, Any]) -> None:
+        """Once more, in a process of its own: it takes so little that one alone says little."""
+        try:
+            with lockstep.decoding(job) as child:
+                room_bytes = floor.paper_room(job, child.interpreter_bytes)
+                row["prefills"].append(child.ask("prefill", room_bytes=room_bytes))
+                child.ask("end")
+        except (lockstep.PolicyError, OSError) as error:
+            row["error"] = str(error)
+
+
+def rivals_in_prefill(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that may be the fastest after all: at most twice as slow as the one that is so far."""
+    found = [row for row in rows if not row["error"]]
+    fastest_s = min((row["prefills"][0]["seconds"] for row in found), default=0.0)
+    return [row for row in found if row["prefills"][0]["seconds"] <= 2 * fastest_s]
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -172,6 +194,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--policies", default="all", help="all, or names: " + ", ".join(POLICIES))
     parser.add_argument("--steps", type=report.positive, help="measured in each process (6)")
+    parser.add_argument(
+        "--prefills", type=report.positive, help="in a round, of those that are fast (5)"
+    )
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
     report.add_options(parser, rounds=1)
     options = parser.parse_args(arguments)
@@ -179,6 +204,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     quick = options.quick
     options.budgets = numbers(parser, options.budgets or ("90" if quick else None))
     options.steps = options.steps or (2 if quick else 6)
+    options.prefills = options.prefills or (2 if quick else 5)
     finish_workload_options(parser, options, options.shapes, options.steps + 2)
     wanted = list(POLICIES) if options.policies == "all" else options.policies.split(",")
     if unknown := [name for name in wanted if name not in POLICIES]:
@@ -268,6 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "warmup_steps": options.warmup,
         "measured_steps": options.steps,
         "rounds": options.rounds,
+        "prefills": options.prefills,
         "bandwidth": floor.bandwidths(bench.drive, bench.drive_rates, bench.copy_rates),
         "rows": found,
         "targets": targets,
@@ -275,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     heads = [
         machine.summary(where),
         f"KV {format_size(options.kv)} in {options.layers} layers; medians of {options.steps} "
-        f"steps after {options.warmup}, {options.rounds} round(s)",
+        f"steps after {options.warmup}, of {options.prefills} prefills; {options.rounds} round(s)",
     ]
     print(budget_report.render(document, heads))
     report.write_brief(options.json, budget_report.brief_document(document))

@@ -162,7 +162,7 @@ def test_budget_has_a_row_for_every_policy(tmp_path, memory_cgroup):
         assert row["label"] in table
         assert row["error"] is None
         assert len(row["step_ms"]["values"]) == found["measured_steps"]
-        for name in ("step_ms", "prefill_s", "piece_ms"):
+        for name in ("step_ms", "prefill_s", "stall"):
             assert_brief(row[name])
         assert 0 < row["peak_bytes"] <= row["limit_bytes"]
         if shutil.which("fio"):
